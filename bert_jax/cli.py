@@ -1,0 +1,132 @@
+"""The command line's manners: one-line errors with exit code 2, clean --help, config files with overrides."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can put right: what is wrong, where, and what would be right, in one line."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a registry or a table, nearest known names first."""
+    known = sorted(map(str, known))
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    rest = [k for k in known if k not in near]
+    return UserError(f'Unknown {kind} {name!r}; known: {", ".join(near + rest)}.')
+
+
+def choose(kind: str, registry: dict[str, Any], name: str) -> Any:
+    """`registry[name]`, or an error that lists the choices."""
+    if name not in registry:
+        raise unknown(kind, name, registry)
+    return registry[name]
+
+
+def parser(doc: str, **kwargs: Any) -> argparse.ArgumentParser:
+    """An argument parser whose help is the module's docstring."""
+    program = f'python -m bert_jax.{os.path.basename(sys.argv[0]).removesuffix(".py")}'
+    return argparse.ArgumentParser(
+        prog=kwargs.pop('prog', program), description=doc, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+
+def parse_with_config(
+    arguments: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[argparse.Namespace, ConfigDict]:
+    """Parses `--config FILE[:ARG]` and its `--config.key=value` overrides beside the other arguments."""
+    group = arguments.add_argument_group('config')
+    group.add_argument('--config', metavar='FILE[:ARG]', required=True,
+                       help='a Python file with get_config(arg), for example configs/pretrain.py:tiny')
+    group.add_argument('--config.KEY', metavar='VALUE', dest='_', help='overrides one value of it')
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [a for a in argv if a.startswith('--config.')]
+    args = arguments.parse_args([a for a in argv if a not in overrides])
+    return args, load_config(args.config, overrides)
+
+
+def load_config(path: str, overrides: list[str]) -> ConfigDict:
+    """Evaluates a config file and applies overrides; an unknown key names its nearest neighbours."""
+    file = path.split(':')[0]
+    if not os.path.exists(file):
+        raise UserError(f'Config file {file} does not exist.')
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file('config', flag_values=values)
+    try:
+        values(['bert_jax', f'--config={path}'])
+        config = values[holder.name].value
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'Config {path}: {error}') from error
+    known = _leaves(config)
+    for override in overrides:
+        key, separator, _ = override.removeprefix('--config.').partition('=')
+        if not separator:
+            raise UserError(f'Override {override} has no value; write {override}=VALUE.')
+        if key not in known:
+            raise unknown('config key', key, known)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file('config', flag_values=values)
+    try:
+        values(['bert_jax', f'--config={path}', *overrides])
+    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f'Config override: {str(error).splitlines()[-1]}') from error
+    return values[holder.name].value
+
+
+def _leaves(config: ConfigDict, prefix: str = '') -> list[str]:
+    names = []
+    for key, value in config.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            names += _leaves(value, f'{prefix}{key}.')
+        names.append(f'{prefix}{key}')
+    return names
+
+
+def progress(items: Iterable | None = None, **kwargs: Any) -> tqdm:
+    """A tqdm bar on a terminal, a plain line every half minute elsewhere."""
+    if sys.stderr.isatty():
+        return tqdm(items, dynamic_ncols=True, **kwargs)
+    return tqdm(items, file=_Lines(), ascii=True, ncols=100, mininterval=30, **kwargs)
+
+
+class _Lines:
+    """A stderr on which each state of a progress bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + '\n')
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs an entry point; a UserError becomes one line on stderr and exit code 2."""
+    with exit_on_user_error():
+        main()
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turns a UserError into one line on stderr and exit code 2, an interrupt into exit code 130."""
+    try:
+        yield
+    except UserError as error:
+        message = ' '.join(str(error).split())
+        print(f'error: {message}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
+

@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer, corpora, token store, plans, examples, masks, tasks, pipelines."""

@@ -1,0 +1,289 @@
+"""Named text sources -> documents of sentences.
+
+A source is read in blocks: whole documents, a few megabytes at a time, cheap for the reader; a worker
+process then decodes a block and splits it. So memory stays bounded and order is the input's own.
+"""
+
+import dataclasses
+import glob
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow.parquet
+
+from bert_jax.cli import UserError, choose
+from bert_jax.data import stdlib
+
+BLOCK_BYTES = 4 << 20
+LINE_BYTES = 1 << 20  # a longer line in one-sentence-a-line text is a mistake
+DOCUMENT_BYTES = 256 << 20
+SENTENCE_END = re.compile(
+    r'(?<=[.!?…])["\'”’)\]]*\s+(?=["\'“‘(\[]*[A-Z0-9À-ÖØ-Þ])|(?<=[。！？])["\'”’」』）]*')
+ABBREVIATION = re.compile(
+    r'(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|No|vol|pp|Fig|Inc|Ltd|Co|Gen|Col|Capt|Lt)|\b[A-Z])\.$')
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some whole documents of one file.
+
+    Attributes:
+      source: the file's name, for messages.
+      line: the number of the block's first line (or record) in it, from 1.
+      content: raw bytes of lines, or ready texts of one document each.
+    """
+
+    source: str
+    line: int
+    content: bytes | list[str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        return sum(len(text.encode()) for text in self.content)
+
+
+def expand(inputs: Sequence[str]) -> list[str]:
+    """Globs to sorted file names; names with a scheme (`tfds:`, `stdlib:`) stay as they are."""
+    names = []
+    for pattern in inputs:
+        if _scheme(pattern):
+            names.append(pattern)
+            continue
+        found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f'{pattern}: no such file; nothing matches.')
+        names += found
+    return names
+
+
+def detect(name: str, text_format: str) -> str:
+    """The CORPORA entry that reads `name`; `text_format` decides for plain text."""
+    suffix = name.removesuffix('.gz').rpartition('.')[2]
+    return _scheme(name) or {'jsonl': 'jsonl', 'json': 'jsonl', 'parquet': 'parquet'}.get(suffix, text_format)
+
+
+def _scheme(name: str) -> str:
+    scheme = name.partition(':')[0]
+    return scheme if ':' in name and scheme in CORPORA else ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How to read text: the choices of the command line.
+
+    Attributes:
+      text_format: 'sentences' (one a line, blank line between documents) or 'paragraphs' (a line is a
+        paragraph, sentences found by punctuation, blank line between documents).
+      text_column: where JSON lines, Parquet and TFDS keep the text; one record is one document.
+      errors: 'strict' stops at invalid UTF-8, 'replace' goes on with U+FFFD.
+    """
+
+    text_format: str = 'sentences'
+    text_column: str = 'text'
+    errors: str = 'strict'
+
+    def blocks(self, name: str) -> Iterator[Block]:
+        """The blocks of one input, in order."""
+        return choose('corpus', CORPORA, detect(name, self.text_format)).blocks(name, self)
+
+    def documents(self, block: Block) -> list[list[str]]:
+        """The block's documents, each a non-empty list of non-empty sentences.
+
+        Raises:
+          UserError: invalid UTF-8, a line too long, a record without the text column (file and line).
+        """
+        kind = choose('corpus', CORPORA, detect(block.source, self.text_format))
+        documents = ([s for s in document if s] for document in kind.documents(block, self))
+        return [document for document in documents if document]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a paragraph, by rule.
+
+    A sentence ends at . ! ? or … before white space and a capital or a digit, not after a known
+    abbreviation or a single capital letter, and after the CJK full stops 。！？. Line breaks are spaces.
+    """
+    text = ' '.join(text.split())
+    sentences, start = [], 0
+    for match in SENTENCE_END.finditer(text):
+        piece = text[start:match.end()].strip()
+        if piece and not ABBREVIATION.search(piece):
+            sentences.append(piece)
+            start = match.end()
+    last = text[start:].strip()
+    return [*sentences, last] if last else sentences
+
+
+def _open(name: str) -> Any:
+    try:
+        return gzip.open(name, 'rb') if name.endswith('.gz') else open(name, 'rb')
+    except OSError as error:
+        raise UserError(f'{name}: {error.strerror}.') from error
+
+
+def _read_blocks(name: str, last_cut: Callable[[bytes], int], too_long: str) -> Iterator[Block]:
+    """Cuts a file where `last_cut` allows: the end of the last whole document, -1 for none."""
+    line, rest = 1, b''
+    with _open(name) as file:
+        while True:
+            try:
+                data = file.read(BLOCK_BYTES)
+            except (OSError, EOFError) as error:
+                raise UserError(f'{name}: cannot be read ({error}).') from error
+            if not data:
+                break
+            rest += data
+            cut = last_cut(rest)
+            if cut > 0:
+                yield Block(name, line, rest[:cut])
+                line += rest.count(b'\n', 0, cut)
+                rest = rest[cut:]
+            elif len(rest) > DOCUMENT_BYTES:
+                raise UserError(f'{name}:{line}: {too_long}')
+    if rest.strip():
+        yield Block(name, line, rest)
+
+
+BLANK_LINES = re.compile(rb'\n[ \t\r]*\n')
+
+
+def _last_blank_line(data: bytes) -> int:
+    ends = [m.end() for m in BLANK_LINES.finditer(data, max(0, len(data) - (64 << 10)))]
+    return ends[-1] if ends else max((m.end() for m in BLANK_LINES.finditer(data)), default=-1)
+
+
+def _text_blocks(name: str, reader: Reader) -> Iterator[Block]:
+    return _read_blocks(name, _last_blank_line, (
+        f'a document of more than {DOCUMENT_BYTES >> 20} MB; documents are separated by blank lines '
+        '(for one document a line give JSON lines, or put blank lines between the documents).'))
+
+
+def _line_blocks(name: str, reader: Reader) -> Iterator[Block]:
+    return _read_blocks(name, lambda data: data.rfind(b'\n') + 1,
+                        f'a line of more than {DOCUMENT_BYTES >> 20} MB.')
+
+
+def _decode(block: Block, reader: Reader) -> str:
+    try:
+        return block.content.decode('utf-8', reader.errors).removeprefix('\ufeff')
+    except UnicodeDecodeError as error:
+        line = block.line + block.content.count(b'\n', 0, error.start)
+        raise UserError(f'{block.source}:{line}: not valid UTF-8 ({error.reason}); '
+                        '--errors replace goes on with U+FFFD in its place.') from error
+
+
+def _blank_line_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
+    """Lines of each document, stripped."""
+    document = []
+    for number, line in enumerate(_decode(block, reader).split('\n'), block.line):
+        line = line.strip()
+        if len(line) > LINE_BYTES and reader.text_format == 'sentences':
+            raise UserError(f'{block.source}:{number}: a line of {len(line):,} characters; one sentence a line '
+                            'is expected (--format paragraphs splits paragraphs into sentences).')
+        if line:
+            document.append(line)
+        elif document:
+            yield document
+            document = []
+    if document:
+        yield document
+
+
+def _paragraph_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
+    for lines in _blank_line_documents(block, reader):
+        yield [sentence for line in lines for sentence in split_sentences(line)]
+
+
+def _json_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
+    for number, line in enumerate(_decode(block, reader).split('\n'), block.line):
+        if not line.strip():
+            continue
+        where = f'{block.source}:{number}'
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f'{where}: not JSON ({error.msg}); one object a line is expected.') from error
+        if not isinstance(record, dict) or reader.text_column not in record:
+            names = ', '.join(record) if isinstance(record, dict) else type(record).__name__
+            raise UserError(f'{where}: no column {reader.text_column!r}; there are: {names} (--text_column).')
+        if not isinstance(record[reader.text_column], str):
+            raise UserError(f'{where}: column {reader.text_column!r} is not a string.')
+        yield _text_sentences(record[reader.text_column])
+
+
+def _text_sentences(text: str) -> list[str]:
+    return [sentence for line in text.split('\n') for sentence in split_sentences(line)]
+
+
+def _ready_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
+    return map(_text_sentences, block.content)
+
+
+def _parquet_blocks(name: str, reader: Reader) -> Iterator[Block]:
+    try:
+        table = pyarrow.parquet.ParquetFile(name)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f'{name}: not a Parquet file ({error}).') from error
+    if reader.text_column not in table.schema_arrow.names:
+        raise UserError(f'{name}: no column {reader.text_column!r}; there are: '
+                        f'{", ".join(table.schema_arrow.names)} (--text_column).')
+    texts = (text for batch in table.iter_batches(256, columns=[reader.text_column])
+             for text in batch.column(0).to_pylist())
+    return _group(name, (text or '' for text in texts))
+
+
+def _tfds_blocks(name: str, reader: Reader) -> Iterator[Block]:
+    """`tfds:NAME[/CONFIG][:VERSION][#SPLIT]`, read from $TFDS_DATA_DIR, downloaded if need be."""
+    import tensorflow_datasets as tfds  # heavy, and only wanted here
+
+    dataset, _, split = name.removeprefix('tfds:').partition('#')
+    try:
+        source = tfds.load(dataset, split=split or 'train', shuffle_files=False)
+    except Exception as error:  # TFDS raises its own, urllib's and TensorFlow's errors
+        raise UserError(f'{name}: TFDS cannot load it ({str(error).strip().splitlines()[0]}).') from error
+    if reader.text_column not in source.element_spec:
+        raise UserError(f'{name}: no column {reader.text_column!r}; there are: '
+                        f'{", ".join(source.element_spec)} (--text_column).')
+    texts = (row[reader.text_column].decode('utf-8', reader.errors) for row in tfds.as_numpy(source))
+    return _group(name, texts)
+
+
+def _group(name: str, texts: Iterator[str]) -> Iterator[Block]:
+    group, size, first = [], 0, 1
+    for number, text in enumerate(texts, 1):
+        group.append(text)
+        size += len(text)
+        if size >= BLOCK_BYTES:
+            yield Block(name, first, group)
+            group, size, first = [], 0, number + 1
+    if group:
+        yield Block(name, first, group)
+
+
+def _stdlib_blocks(name: str, reader: Reader) -> Iterator[Block]:
+    """The docstrings and help topics of the Python that runs this: text that is always at hand."""
+    return _group(name, stdlib.documents())
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """One kind of source: `blocks` runs in the reader, `documents` in a worker."""
+
+    blocks: Callable[[str, Reader], Iterator[Block]]
+    documents: Callable[[Block, Reader], Iterator[list[str]]]
+
+
+CORPORA = {
+    'sentences': Corpus(_text_blocks, _blank_line_documents),
+    'paragraphs': Corpus(_text_blocks, _paragraph_documents),
+    'jsonl': Corpus(_line_blocks, _json_documents),
+    'parquet': Corpus(_parquet_blocks, _ready_documents),
+    'tfds': Corpus(_tfds_blocks, _ready_documents),
+    'stdlib': Corpus(_stdlib_blocks, _ready_documents),
+}

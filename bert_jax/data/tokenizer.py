@@ -1,0 +1,232 @@
+"""WordPiece and SentencePiece behind one small interface.
+
+A tokenizer comes from a `vocab.txt`, a `tokenizer.json`, a SentencePiece `.model`, or a folder that
+holds one of them (a store and a workdir keep theirs in `tokenizer/`).
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from etils import epath
+
+from bert_jax.cli import UserError
+
+SPECIALS = {  # role -> the names it goes by
+    'pad': ('[PAD]', '<pad>'), 'unk': ('[UNK]', '<unk>'), 'cls': ('[CLS]', '<cls>', '<s>'),
+    'sep': ('[SEP]', '<sep>', '</s>'), 'mask': ('[MASK]', '<mask>')}
+FILES = ('tokenizer.json', 'vocab.txt')  # and *.model
+CACHE_WORDS = 1_000_000  # about 150 MB
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+      pieces: the V vocabulary entries, in id order.
+      pad_id, unk_id, cls_id, sep_id, mask_id: the special ids.
+      word_starts: bool [V], False for a piece that goes on with the word before it.
+      regular_ids: int32, every id that is not special: what a random replacement is drawn from.
+      kind: 'wordpiece' or 'sentencepiece'.
+    """
+
+    def __init__(self, kind: str, pieces: list[str], backend: Any, files: dict[str, bytes],
+                 source: str) -> None:
+        self.kind, self.pieces, self._backend, self._files = kind, pieces, backend, files
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        if len(ids) < len(pieces):
+            twice = next(p for i, p in enumerate(pieces) if ids[p] != i)
+            raise UserError(f'{source}: {twice!r} is in the vocabulary twice; every entry must be unique.')
+        for role, names in SPECIALS.items():
+            found = [ids[name] for name in names if name in ids]
+            if not found:
+                raise UserError(f'{source}: the vocabulary has no {names[0]}; '
+                                'BERT needs [PAD], [UNK], [CLS], [SEP] and [MASK].')
+            setattr(self, f'{role}_id', found[0])
+        self.special_ids = tuple(getattr(self, f'{role}_id') for role in SPECIALS)
+        self.regular_ids = np.setdiff1d(np.arange(len(pieces)), self.special_ids).astype(np.int32)
+        if kind == 'wordpiece':
+            self.word_starts = np.array([not p.startswith('##') for p in pieces])
+        else:
+            self.word_starts = np.array([p.startswith('▁') for p in pieces])
+        self.word_starts[list(self.special_ids)] = True
+        self._words = _WordCache(self._encode_word)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of entries; models pad it inside, files never show the padding."""
+        return len(self.pieces)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 over the tokenizer's files: equal when and only when the ids mean the same."""
+        digest = hashlib.sha256()
+        for name in sorted(self._files):
+            digest.update(name.encode() + b'\0' + self._files[name] + b'\0')
+        return digest.hexdigest()
+
+    @property
+    def id_type(self) -> type[np.unsignedinteger]:
+        """The narrowest unsigned type that holds every id."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts in one flat array [sum(lengths)], and their lengths [len(texts)]; no specials.
+
+        Special tokens written out in a text ('[MASK]') are ordinary text here. WordPiece never joins
+        what a space separates, so each space-separated chunk is looked up in a cache of words.
+        """
+        if self.kind == 'wordpiece':
+            words = self._words
+            rows = [b''.join(map(words.__getitem__, text.split(' '))) for text in texts]
+            flat = np.frombuffer(b''.join(rows), self.id_type)
+            lengths = np.fromiter(map(len, rows), np.int64, len(rows)) // flat.itemsize
+            if len(words) > CACHE_WORDS:
+                words.clear()
+            return flat, lengths
+        rows = self._backend.encode(list(texts))
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        flat = np.fromiter((i for row in rows for i in row), self.id_type, int(lengths.sum()))
+        return flat, lengths
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, no specials added."""
+        return self.encode_batch([text])[0].tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text of ids, specials left out; WordPiece text comes back with spaced punctuation."""
+        ids = [int(i) for i in ids if i not in self.special_ids]
+        if self.kind == 'sentencepiece':
+            return self._backend.decode(ids)
+        return ' '.join(self.pieces[i] for i in ids).replace(' ##', '')
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the tokenizer's own files into `folder`."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
+
+    def _encode_word(self, word: str) -> bytes:
+        ids = self._backend.encode(word, add_special_tokens=False).ids
+        return np.array(ids, self.id_type).tobytes()
+
+
+class _WordCache(dict):
+    """word -> the bytes of its ids."""
+
+    def __init__(self, encode: Any) -> None:
+        super().__init__()
+        self._encode = encode
+
+    def __missing__(self, word: str) -> bytes:
+        value = self[word] = self._encode(word)
+        return value
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+    """Loads a tokenizer from a file or folder.
+
+    Raises:
+      UserError: nothing to load there, a special token is missing, an entry stands twice.
+    """
+    path = find(epath.Path(path))
+    if path.name.endswith('.model'):
+        return _load_sentencepiece(path)
+    if path.name.endswith('.json'):
+        return _load_json(path)
+    return _load_vocab(path)
+
+
+def find(path: epath.Path) -> epath.Path:
+    """The tokenizer file that `path` names: itself, or the one inside the folder."""
+    if path.is_dir():
+        for folder in (path, path / 'tokenizer'):
+            for name in FILES:
+                if (folder / name).exists():
+                    return folder / name
+            models = sorted(folder.glob('*.model')) if folder.exists() else []
+            if models:
+                return models[0]
+        raise UserError(f'{path}: no tokenizer there; expected {", ".join(FILES)} or a SentencePiece *.model.')
+    if not path.exists():
+        raise UserError(f'{path}: no such tokenizer file.')
+    return path
+
+
+def _load_vocab(path: epath.Path) -> Tokenizer:
+    """A vocab.txt; `do_lower_case` is read beside it, else taken from the entries themselves."""
+    try:
+        pieces = path.read_text(encoding='utf-8').split('\n')
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: not UTF-8 ({error.reason} at byte {error.start}).') from error
+    pieces = [piece.rstrip('\r') for piece in pieces]
+    while pieces and not pieces[-1]:
+        pieces.pop()
+    options = {'do_lower_case': not any('A' <= c <= 'Z' for p in pieces if p[:1] != '[' for c in p),
+               'strip_accents': None, 'tokenize_chinese_chars': True}
+    beside = path.parent / 'tokenizer_config.json'
+    if beside.exists():
+        given = json.loads(beside.read_text())
+        options |= {key: given[key] for key in options if key in given}
+    source = str(path)
+    backend = None
+    if '[UNK]' in pieces and len(set(pieces)) == len(pieces):
+        backend = wordpiece(pieces, **options)
+    files = {'vocab.txt': ('\n'.join(pieces) + '\n').encode(),
+             'tokenizer_config.json': (json.dumps(options, indent=2, sort_keys=True) + '\n').encode()}
+    return Tokenizer('wordpiece', pieces, backend, files, source)
+
+
+def wordpiece(pieces: Sequence[str], do_lower_case: bool, strip_accents: bool | None,
+              tokenize_chinese_chars: bool) -> tokenizers.Tokenizer:
+    """BERT's own tokenization (clean, lower, split at spaces, punctuation and CJK; greedy pieces)."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(
+        {piece: i for i, piece in enumerate(pieces)}, unk_token='[UNK]', max_input_chars_per_word=100))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(
+        lowercase=do_lower_case, strip_accents=strip_accents, handle_chinese_chars=tokenize_chinese_chars)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece()
+    return backend
+
+
+def _load_json(path: epath.Path) -> Tokenizer:
+    try:
+        content = json.loads(path.read_text())
+        model = content['model']
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content | {'post_processor': None}))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f'{path}: not a tokenizer.json ({error}).') from error
+    kinds = [model.get('type')] + [(content.get(k) or {}).get('type') for k in ('normalizer', 'pre_tokenizer')]
+    if kinds != ['WordPiece', 'BertNormalizer', 'BertPreTokenizer']:
+        raise UserError(f'{path}: only BERT WordPiece is read from a tokenizer.json, this one is {kinds}; '
+                        'for SentencePiece give its .model file.')
+    backend.encode_special_tokens = True
+    ids = backend.get_vocab()
+    pieces = sorted(ids, key=ids.__getitem__)
+    if [ids[piece] for piece in pieces] != list(range(len(pieces))):
+        raise UserError(f'{path}: ids are not 0..{len(pieces) - 1} without gaps.')
+    return Tokenizer('wordpiece', pieces, backend, {'tokenizer.json': path.read_bytes()}, str(path))
+
+
+def _load_sentencepiece(path: epath.Path) -> Tokenizer:
+    content = path.read_bytes()
+    backend = sentencepiece.SentencePieceProcessor()
+    try:
+        backend.LoadFromSerializedProto(content)
+    except RuntimeError as error:
+        raise UserError(f'{path}: not a SentencePiece model ({error}).') from error
+    pieces = [backend.id_to_piece(i) for i in range(len(backend))]
+    return Tokenizer('sentencepiece', pieces, backend, {'tokenizer.model': content}, str(path))
+
+
+def copy(source: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Copies a store's or workdir's tokenizer files."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
