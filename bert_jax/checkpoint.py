@@ -1,0 +1,222 @@
+"""Save, resume, warm_start: the only file that says orbax.
+
+    workdir/checkpoints/00001000/params/...     the model's parameters
+    workdir/checkpoints/00001000/rest/...       step and optimizer state
+    workdir/checkpoints/00001000/manifest.json  SHA-256 of every file; written last
+
+A step without a manifest is unfinished. Orbax restores flipped bytes without a word, so the manifest is
+checked first; a damaged or unfinished step is reported, and the one before it is used.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import warnings
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from bert_jax.cli import UserError
+
+logging.getLogger('absl').setLevel(logging.ERROR)
+OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack or have besides
+
+
+class Checkpoints:
+    """The saved states of one run.
+
+    Args:
+      folder: where they are; may be gs://.
+      keep: how many of the newest to keep.
+      best: a score whose highest step is kept besides, e.g. 'dev/accuracy'.
+    """
+
+    def __init__(self, folder: epath.PathLike, keep: int = 3, best: str = '') -> None:
+        self._folder, self._keep, self._best = epath.Path(folder), keep, best
+        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving: concurrent.futures.Future | None = None
+
+    def save(self, step: int, state: Any, scores: dict[str, float] | None = None) -> None:
+        """Saves a TrainState in the background; waits only for the save before it.
+
+        Raises:
+          UserError: that one failed (disk full, say); older checkpoints are untouched.
+        """
+        self.wait()
+        folder = self._folder / f'{step:08d}'
+        if folder.exists():  # left unfinished, or damaged, by an earlier run
+            folder.rmtree()
+        rest = {'step': state.step, 'opt_state': state.opt_state}
+        if self._orbax is None:
+            self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        try:
+            self._orbax.save(folder, args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest)))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(folder, error) from error
+        self._saving = self._finisher.submit(self._finish, folder, step, dict(scores or {}))
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            try:
+                saving.result()
+            except UserError:
+                raise
+            except Exception as error:  # tensorstore and orbax raise many kinds
+                raise self._failed(self._folder, error) from error
+
+    def _finish(self, folder: epath.Path, step: int, scores: dict[str, float]) -> None:
+        self._orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            partial = folder / 'manifest.partial'
+            partial.write_text(json.dumps({'step': step, 'scores': scores, 'files': _hashes(folder)}, indent=1))
+            partial.rename(folder / 'manifest.json')
+            self._delete_old()
+
+    def _failed(self, folder: epath.Path, error: Exception) -> UserError:
+        steps = self.steps()
+        last = f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no good checkpoint before it'
+        reason = str(error).strip().splitlines()
+        return UserError(f'{folder}: the checkpoint could not be saved ({reason[-1] if reason else type(error)}); '
+                         f'{last}. Free space on the disk and start the same command again: it resumes there.')
+
+    def _delete_old(self) -> None:
+        steps = self.steps()
+        kept = set(steps[-self._keep:])
+        if self._best:
+            kept.add(self.best_step())
+        for step in set(steps) - kept:
+            folder = self._folder / f'{step:08d}'
+            (folder / 'manifest.json').unlink()  # from now on unfinished, whatever happens next
+            folder.rmtree()
+
+    def steps(self) -> list[int]:
+        """Finished steps, oldest first."""
+        return [step for step, finished in self._found() if finished]
+
+    def _found(self) -> list[tuple[int, bool]]:
+        if not self._folder.exists():
+            return []
+        return sorted((int(folder.name), (folder / 'manifest.json').exists())
+                      for folder in self._folder.iterdir() if folder.name.isdigit())
+
+    def scores(self, step: int) -> dict[str, float]:
+        """What the last evaluation before the save found."""
+        return json.loads((self._folder / f'{step:08d}' / 'manifest.json').read_text())['scores']
+
+    def best_step(self) -> int | None:
+        """The finished step with the highest best-score; the earliest of equals."""
+        steps = [step for step in self.steps() if self._best in self.scores(step)]
+        return max(steps, key=lambda step: (self.scores(step)[self._best], -step), default=None)
+
+    def resume(self, state: Any) -> Any:
+        """The newest whole state, laid out as `state` is; `state` itself when there is none."""
+        step = self.newest_whole()
+        if step is None:
+            return state
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        params = self.restore(step, 'params', abstract.params)
+        rest = self.restore(step, 'rest', {'step': abstract.step, 'opt_state': abstract.opt_state})
+        return state.replace(params=params, **rest)
+
+    def newest_whole(self) -> int | None:
+        """The newest step whose every file is as its manifest says; passes over others with a word."""
+        for step, finished in reversed(self._found()):
+            problem = self.problem(step) if finished else 'it was never finished'
+            if not problem:
+                return step
+            print(f'checkpoint {step} in {self._folder} is passed over: {problem}.')
+        return None
+
+    def problem(self, step: int) -> str:
+        """What is wrong with a finished step, '' when nothing."""
+        folder = self._folder / f'{step:08d}'
+        try:
+            expected = json.loads((folder / 'manifest.json').read_text())['files']
+        except (ValueError, KeyError, TypeError):
+            return 'manifest.json is damaged'
+        found = _hashes(folder)
+        for name in sorted(expected.keys() | found.keys()):
+            if name not in found:
+                return f'{name} is missing'
+            if expected.get(name) != found[name]:
+                return f'{name} is damaged'
+        return ''
+
+    def restore(self, step: int, item: str, abstract: Any = None) -> Any:
+        """One item ('params' or 'rest') of a step, as arrays on the shardings of `abstract`."""
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # "no sharding given": one device is what is meant then
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+            return reader.restore(self._folder / f'{step:08d}', args=args)[item]
+
+
+def _hashes(folder: epath.Path) -> dict[str, str]:
+    """SHA-256 of every file below a checkpoint but the manifest."""
+    hashes = {}
+    for path in sorted(_files(folder)):
+        if path.name not in ('manifest.json', 'manifest.partial'):
+            hashes[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    found = []
+    for path in folder.iterdir():
+        found += _files(path) if path.is_dir() else [path]
+    return found
+
+
+def load_params(workdir: epath.PathLike, best: str = '') -> tuple[Any, int]:
+    """The parameters a workdir offers (its best step by a score, else its newest), and their step.
+
+    Raises:
+      UserError: no workdir, or no whole checkpoint in it.
+    """
+    checkpoints = Checkpoints(epath.Path(workdir) / 'checkpoints', best=best)
+    step = checkpoints.best_step() if best else None
+    if step is None or checkpoints.problem(step):
+        step = checkpoints.newest_whole()
+    if step is None:
+        raise UserError(f'{workdir}: no finished checkpoint there.')
+    return checkpoints.restore(step, 'params'), step
+
+
+def warm_start(params: Any, source: Any, fresh: tuple[str, ...] = ()) -> Any:
+    """`params` with all that `source` has of them; says what stays fresh and what is left behind.
+
+    Embeddings and encoder must agree name by name and shape by shape. The pooler and the targets are
+    taken where both sides have them, except those whose names begin with one of `fresh`.
+
+    Raises:
+      UserError: an array of the core missing, left over, or of another shape; each is named.
+    """
+    wanted, given = _flat(params), _flat(source)
+    taken = {name for name in wanted.keys() & given.keys() if not name.startswith(fresh)}
+    problems = [f'{name} is missing from the checkpoint' for name in sorted(wanted.keys() - given.keys())
+                if not name.startswith(OPTIONAL)]
+    problems += [f'{name} is in the checkpoint only' for name in sorted(given.keys() - wanted.keys())
+                 if not name.startswith(OPTIONAL)]
+    problems += [f'{name} is {given[name].shape} in the checkpoint, {wanted[name].shape} here'
+                 for name in sorted(taken) if given[name].shape != wanted[name].shape]
+    if problems:
+        raise UserError('The checkpoint does not fit the model: ' + '; '.join(problems) + '.')
+    for what, names in (('fresh', wanted.keys() - taken), ('left behind', given.keys() - taken)):
+        if names:
+            print(f'warm start, {what}: ' + ', '.join(sorted(names)))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.device_put(given[_name(path)], leaf.sharding) if _name(path) in taken else leaf, params)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: tuple) -> str:
+    return '/'.join(key.key for key in path)

@@ -1,0 +1,127 @@
+"""plan + example numbers -> batches of pre-training examples, as a pure function of (settings, step)."""
+
+import dataclasses
+import functools
+import threading
+
+import numpy as np
+
+from bert_jax.cli import UserError
+from bert_jax.data import draws, masking
+from bert_jax.data import plan as plans
+from bert_jax.data.store import Split
+from bert_jax.data.tokenizer import Tokenizer
+
+EVALUATION_SEED = 0x5EED  # held-out pairs and masks are the same in every run
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The stream of training batches of one length: `batch(step)` is all there is to know of it.
+
+    Attributes:
+      split: the documents to draw from.
+      tokenizer: the one that made them.
+      seed: the run's seed.
+      max_length: L.
+      pairing: a PAIRINGS name.
+      masking: a MASKINGS name.
+      mask_rate: share of tokens predicted.
+      replacement: shares of those that become [MASK] and a random token.
+      short_rate: share of documents cut to a random shorter length.
+    """
+
+    split: Split
+    tokenizer: Tokenizer
+    seed: int
+    max_length: int
+    pairing: str = 'next_sentence'
+    masking: str = 'token'
+    mask_rate: float = 0.15
+    replacement: tuple[float, float] = (0.8, 0.1)
+    short_rate: float = 0.1
+    _plans: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def plan(self, epoch: int) -> np.ndarray:
+        """The epoch's table of examples; the last one or two used stay in memory."""
+        with self._lock:
+            if epoch not in self._plans:
+                for old in [e for e in self._plans if e not in (0, epoch - 1)]:
+                    del self._plans[old]
+                self._plans[epoch] = plans.plan(
+                    self.split, self.pairing, self.seed, epoch, self.max_length, self.short_rate)
+            return self._plans[epoch]
+
+    @functools.cached_property
+    def epoch_size(self) -> int:
+        """Examples an epoch: those of epoch 0, whatever the draws of a later one (within about 0.1 %)."""
+        return len(self.plan(0))
+
+    def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """The `rows` of the global batch of one step; the same on any number of hosts."""
+        numbers = step * batch_size + np.arange(batch_size)[rows]
+        epochs = numbers // self.epoch_size
+        parts = [self.make(int(epoch), numbers[epochs == epoch] % self.epoch_size) for epoch in np.unique(epochs)]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def evaluation_batch(self, number: int, batch_size: int, limit: int) -> dict[str, np.ndarray]:
+        """Batch `number` of the first `limit` examples, each once; the last is padded with weightless rows."""
+        count = min(limit, self.epoch_size)
+        numbers = number * batch_size + np.arange(batch_size)
+        real = numbers < count
+        batch = self.make(0, np.where(real, numbers, 0))
+        for name in ('masked_lm_weights', 'next_sentence_weights'):
+            batch[name] = batch[name] * real[:, None].astype(np.float32)
+        return batch | {'is_real_example': real.astype(np.int32)}
+
+    def make(self, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Masked examples [len(numbers), L] of one epoch, by their number in its plan."""
+        plan = self.plan(epoch)
+        numbers = numbers % len(plan)
+        batch, candidates = unmasked(self.split.tokens, plan[numbers], self.max_length, self.tokenizer)
+        keys = draws.bits64(self.seed, epoch, self.max_length, numbers)
+        return masking.mask(batch, candidates, keys, self.tokenizer, masking=self.masking,
+                            mask_rate=self.mask_rate, replacement=self.replacement)
+
+
+def unmasked(tokens: np.ndarray, rows: np.ndarray, length: int, tokenizer: Tokenizer
+             ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """[CLS] A [SEP] (B [SEP]) as arrays, and the places that may be masked (bool [B, L])."""
+    width = len(rows)
+    ids = np.full((width, length), tokenizer.pad_id, np.int32)
+    columns = [rows[name].tolist() for name in ('a_start', 'a_length', 'b_start', 'b_length')]
+    for row, a_start, a_length, b_start, b_length in zip(ids, *columns):
+        row[1:1 + a_length] = tokens[a_start:a_start + a_length]
+        if b_length:
+            row[2 + a_length:2 + a_length + b_length] = tokens[b_start:b_start + b_length]
+    first_sep = 1 + rows['a_length'].astype(np.int32)[:, None]         # [B, 1]
+    b_length = rows['b_length'].astype(np.int32)[:, None]
+    end = first_sep + 1 + b_length + (b_length > 0)
+    every = np.arange(width)
+    ids[:, 0] = tokenizer.cls_id
+    ids[every, first_sep[:, 0]] = tokenizer.sep_id
+    ids[every, end[:, 0] - 1] = tokenizer.sep_id
+    place = np.arange(length, dtype=np.int32)
+    real = place < end
+    candidates = real & (place > 0) & (place != first_sep) & (place != end - 1)
+    batch = {
+        'input_ids': ids,
+        'input_mask': real.astype(np.int32),
+        'segment_ids': (real & (place > first_sep)).astype(np.int32),
+        'position_ids': np.broadcast_to(place, ids.shape),
+        'cls_positions': np.zeros((width, 1), np.int32),
+        'next_sentence_labels': rows['label'].astype(np.int32)[:, None],
+        'next_sentence_weights': (b_length > 0).astype(np.float32),
+    }
+    return batch, candidates
+
+
+def check_batch_size(batch_size: int, devices: int, accumulation: int) -> None:
+    """Raises UserError when a batch cannot be cut evenly."""
+    if batch_size % (devices * accumulation):
+        raise UserError(f'batch_size {batch_size} is not divisible by {devices} devices x {accumulation} '
+                        f'micro-batches; the nearest that is: '
+                        f'{max(1, round(batch_size / (devices * accumulation))) * devices * accumulation}.')

@@ -1,0 +1,41 @@
+"""Exact evaluation: every example once, whatever the batch size and the devices."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from bert_jax import partition
+from bert_jax.data.batches import Batch, place
+from bert_jax.metrics import merge
+
+
+def make_eval_step(model: nn.Module, mesh: jax.sharding.Mesh) -> Callable:
+    """Jitted (params, batch) -> (outputs, losses) of every target, without dropout."""
+
+    def eval_step(params: Any, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
+        with partition.logical_axes(mesh):
+            outputs = model.apply({'params': params}, batch, train=False)
+            losses = {name: target.losses(outputs[name], batch) for name, target in model.targets.items()}
+        return outputs, losses
+
+    return jax.jit(eval_step)
+
+
+def make_loss_step(model: nn.Module, mesh: jax.sharding.Mesh) -> Callable:
+    """Jitted (params, batch) -> losses; outputs are never kept."""
+
+    def loss_step(params: Any, batch: Batch) -> dict[str, Any]:
+        with partition.logical_axes(mesh):
+            losses = model.apply({'params': params}, batch, train=False, method='losses')
+        return {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
+
+    return jax.jit(loss_step)
+
+
+def evaluate(loss_step: Callable, params: Any, batches: Iterable[Batch], mesh: jax.sharding.Mesh
+             ) -> dict[str, float]:
+    """Means over batches whose padding rows weigh nothing; sums are merged in float64."""
+    sharding = partition.batch_sharding(mesh)
+    return merge(jax.device_get([loss_step(params, place(batch, sharding)) for batch in batches]))

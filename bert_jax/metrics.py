@@ -1,0 +1,103 @@
+"""Means that merge exactly, task metrics, and the writer of logs."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+
+@flax.struct.dataclass
+class Mean:
+    """A mean as its sum and its count, so that devices, micro-batches and steps merge exactly."""
+
+    total: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, values: jax.Array, weights: jax.Array) -> 'Mean':
+        """The weighted mean of values, both of one shape."""
+        weights = weights.astype(jnp.float32)
+        return cls(jnp.sum(values.astype(jnp.float32) * weights), jnp.sum(weights))
+
+    def __add__(self, other: 'Mean') -> 'Mean':
+        """Merges two means."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def value(self) -> float:
+        """total / count; not a number when nothing was counted."""
+        return float(self.total) / float(self.count) if float(self.count) else float('nan')
+
+
+def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
+    """The values of a list of metric dicts (already on the host), summed in float64."""
+    merged = {}
+    for name in means[0]:
+        total = np.sum([np.float64(m[name].total) for m in means])
+        count = np.sum([np.float64(m[name].count) for m in means])
+        merged[name] = float(total / count) if count else float('nan')
+    return merged
+
+
+class Writer:
+    """Writes each record to `log.jsonl` and to TensorBoard files; rates go to `rates.jsonl`.
+
+    `log.jsonl` holds nothing that depends on the clock, so two runs with equal numbers have equal logs.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int) -> None:
+        import tensorboardX  # half a second, and only one process writes
+
+        self._files = {name: workdir / f'{name}.jsonl' for name in ('log', 'rates')}
+        for file in self._files.values():
+            cut_back(file, step)
+        self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One record of results."""
+        self._append('log', step, values)
+
+    def write_rates(self, step: int, values: Mapping[str, Any]) -> None:
+        """One record of speeds, kept apart since no two runs agree on them."""
+        self._append('rates', step, values)
+
+    def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        file = self._files[name]
+        line = json.dumps({'step': step, **values}) + '\n'
+        if str(file).startswith('gs://'):  # object stores cannot append
+            file.write_text((file.read_text() if file.exists() else '') + line)
+        else:
+            with open(file, 'a', encoding='utf-8') as out:
+                out.write(line)
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(key, value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Ends the TensorBoard file."""
+        self._board.close()
+
+
+def cut_back(file: epath.Path, step: int) -> None:
+    """Drops records after `step`, and a last line that was cut short."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record['step'] <= step:
+            kept.append(line + '\n')
+    file.write_text(''.join(kept))
+
+
+def read_log(file: epath.Path) -> list[dict[str, Any]]:
+    """The records of a log."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

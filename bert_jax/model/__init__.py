@@ -1,0 +1,1 @@
+"""The Flax Linen model: embeddings, encoder, targets, each a free building block."""

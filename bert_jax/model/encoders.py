@@ -1,0 +1,94 @@
+"""[B, L, D] -> Encoded."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from bert_jax.model.layers import Attention, Dropout, LayerNorm, Mlp
+
+
+@flax.struct.dataclass
+class Encoded:
+    """What an encoder gives.
+
+    Attributes:
+      hidden: [B, L, D], the last layer.
+      layers: what `layer_outputs` asked for: 'hidden' [N + 1, B, L, D] with row 0 the embeddings,
+        'query', 'key', 'value' [N, B, L, H, K].
+      pooled: [B, E, D], tanh(dense) of each example's [CLS], when a target reads it.
+    """
+
+    hidden: jax.Array
+    layers: dict[str, jax.Array]
+    pooled: jax.Array | None = None
+
+
+class TransformerLayer(nn.Module):
+    """One post-norm block; the carry and the outputs are those of a scan over layers."""
+
+    num_heads: int
+    mlp_size: int
+    activation: str
+    dropout_rate: float
+    attention_dropout_rate: float
+    layer_outputs: tuple[str, ...]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """x [B, L, D], mask [B, 1, L, L] -> x [B, L, D] and this layer's share of `layers`."""
+        x = nn.with_logical_constraint(x, ('batch', 'length', 'hidden'))
+        attended, heads = Attention(self.num_heads, self.attention_dropout_rate, self.dtype, name='attention')(
+            x, mask, train=train)
+        dropout = Dropout(self.dropout_rate)
+        x = LayerNorm(dtype=self.dtype, name='attention_norm')(x + dropout(attended, train=train))
+        changed = Mlp(self.mlp_size, self.activation, self.dtype, name='mlp')(x)
+        x = LayerNorm(dtype=self.dtype, name='mlp_norm')(x + Dropout(self.dropout_rate)(changed, train=train))
+        x = nn.with_logical_constraint(x, ('batch', 'length', 'hidden'))
+        heads['hidden'] = x
+        return x, {name: heads[name] for name in self.layer_outputs}
+
+
+class Transformer(nn.Module):
+    """BERT's encoder: N equal layers, their parameters one stack with the layer as leading axis.
+
+    Attributes:
+      num_layers: N.
+      num_heads: H.
+      mlp_size: F.
+      activation: an ACTIVATIONS name.
+      dropout_rate: after attention and MLP.
+      attention_dropout_rate: on the attention probabilities.
+      layer_outputs: which of 'hidden', 'query', 'key', 'value' to keep of every layer.
+      unroll: layers a step of the scan; N makes an unrolled program. No number changes with it.
+      dtype: what is computed in.
+    """
+
+    num_layers: int
+    num_heads: int
+    mlp_size: int
+    activation: str
+    dropout_rate: float
+    attention_dropout_rate: float
+    layer_outputs: tuple[str, ...] = ()
+    unroll: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, batch: dict[str, jax.Array], *, train: bool) -> Encoded:
+        """x [B, L, D], input_mask [B, L] (0 = padding, k = the row's k-th example) -> Encoded."""
+        mask = batch['input_mask']
+        mask = (mask[:, None, :, None] == mask[:, None, None, :]) & (mask[:, None, None, :] > 0)
+        stack = nn.scan(TransformerLayer, length=self.num_layers, unroll=self.unroll,
+                        variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
+                        in_axes=(nn.broadcast, nn.broadcast))
+        layer = stack(self.num_heads, self.mlp_size, self.activation, self.dropout_rate,
+                      self.attention_dropout_rate, tuple(self.layer_outputs), self.dtype, name='layers')
+        hidden, layers = layer(x, mask, train)
+        if 'hidden' in layers:
+            layers['hidden'] = jnp.concatenate([x[None], layers['hidden']])  # [N + 1, B, L, D]
+        return Encoded(hidden, layers)
+
+
+ENCODERS = {'transformer': Transformer}

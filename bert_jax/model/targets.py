@@ -1,0 +1,117 @@
+"""Encoded + labels -> loss and metric terms.
+
+The contract of a target, a Linen module:
+
+    uses_pooled: bool                                 whether it reads Encoded.pooled
+    outputs(encoded, batch, table, *, train)          -> dict of arrays: what prediction and evaluation read
+    losses(outputs, batch)                            -> {'loss': Mean, '<metric>': Mean, ...}
+    count(batch)                                      -> the loss's count, from the labels alone
+
+docs/new_target.md adds one from the data side to the config.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bert_jax.metrics import Mean
+from bert_jax.model.encoders import Encoded
+from bert_jax.model.layers import ACTIVATIONS, Dropout, LayerNorm, gather, kernel_init
+
+Batch = dict[str, jax.Array]
+
+
+class MaskedLM(nn.Module):
+    """Predicts the masked tokens (Devlin et al. 2019, 3.1): dense, activation, norm, tied table, bias.
+
+    Attributes:
+      vocab_size: V, unpadded; ids beyond it can never be predicted.
+      activation: an ACTIVATIONS name.
+      dtype: what is computed in; logits and loss are float32.
+    """
+
+    vocab_size: int
+    activation: str
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = False
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """masked_lm_positions [B, P] -> logits float32 [B, P, V padded]."""
+        x = gather(encoded.hidden, batch['masked_lm_positions'])           # [B, P, D]
+        x = nn.Dense(x.shape[-1], kernel_init=kernel_init, dtype=self.dtype, name='dense')(x)
+        x = LayerNorm(dtype=self.dtype, name='norm')(ACTIVATIONS[self.activation](x))
+        bias = self.param('bias', nn.initializers.zeros, (table.shape[0],))
+        bias = jnp.where(jnp.arange(table.shape[0]) < self.vocab_size, bias, -1e9)
+        logits = jnp.einsum('BPD,VD->BPV', x, table.astype(self.dtype), preferred_element_type=jnp.float32)
+        return {'logits': nn.with_logical_constraint(logits + bias, ('batch', 'predictions', 'vocab'))}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Cross-entropy in nats and accuracy over the masked places."""
+        return _cross_entropy(outputs['logits'], batch['masked_lm_ids'], batch['masked_lm_weights'])
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Masked places."""
+        return jnp.sum(batch['masked_lm_weights'])
+
+
+class NextSentence(nn.Module):
+    """Predicts whether B follows A (label 0) or is random (label 1) (Devlin et al. 2019, 3.1)."""
+
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = True
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """pooled [B, E, D] -> logits float32 [B, E, 2]."""
+        logits = nn.Dense(2, kernel_init=kernel_init, dtype=self.dtype, name='dense')(encoded.pooled)
+        return {'logits': logits.astype(jnp.float32)}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Cross-entropy in nats and accuracy over the pairs."""
+        return _cross_entropy(outputs['logits'], batch['next_sentence_labels'], batch['next_sentence_weights'])
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Pairs."""
+        return jnp.sum(batch['next_sentence_weights'])
+
+
+class Classification(nn.Module):
+    """One label an example, from the pooled [CLS] (Devlin et al. 2019, 4.1).
+
+    Attributes:
+      num_classes: C.
+      dropout_rate: on the pooled vector.
+      dtype: what is computed in.
+    """
+
+    num_classes: int
+    dropout_rate: float
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = True
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """pooled [B, 1, D] -> logits float32 [B, C]."""
+        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
+        logits = nn.Dense(self.num_classes, kernel_init=kernel_init, dtype=self.dtype, name='dense')(x)
+        return {'logits': logits.astype(jnp.float32)}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Cross-entropy in nats and accuracy over the real examples."""
+        return _cross_entropy(outputs['logits'], batch['label_ids'], batch['is_real_example'])
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Real examples."""
+        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, Mean]:
+    """logits [..., C], labels and weights [...]."""
+    right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    best = jnp.max(logits, axis=-1)
+    nll = jax.nn.logsumexp(logits, axis=-1) - right
+    return {'loss': Mean.of(nll, weights), 'accuracy': Mean.of(right >= best, weights)}
+
+
+TARGETS = {'mlm': MaskedLM, 'nsp': NextSentence, 'classification': Classification}

@@ -1,0 +1,211 @@
+"""Pre-trains a model on a token store.
+
+    python -m bert_jax.pretrain --config configs/pretrain.py:base --config.store=STORE --workdir W
+
+Phases of different lengths run one after the other under one schedule. Started again with the same
+command, it resumes exactly. The workdir alone is enough to fine-tune or predict.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from bert_jax import checkpoint, cli, evaluate, flops, metrics, optimizer, partition, plots, train, workdir
+from bert_jax.cli import UserError, choose
+from bert_jax.data import batches, examples, store
+from bert_jax.model import model as models
+
+
+def main() -> None:
+    """Command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument('--workdir', required=True, metavar='W', help='where the run lives; may be gs://')
+    args, config = cli.parse_with_config(parser)
+    pretrain(config, args.workdir)
+
+
+def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
+    """Runs or resumes the pre-training that `config` describes in the workdir `path`; returns its results.
+
+    Raises:
+      UserError: a config that cannot run; a workdir of another run; a loss that is not finite.
+    """
+    if not config.store:
+        raise UserError('--config.store=STORE is missing: the token store made by python -m bert_jax.prepare.')
+    data = store.load(config.store)
+    set_vocab_size(config.model, data.tokenizer.vocab_size)
+    mesh = partition.make_mesh(config.mesh)
+    check(config, mesh)
+    model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
+    folder = workdir.start(path, config, data.tokenizer)
+    phases = [Phase(*phase, first) for phase, first in zip(config.phases, _first_steps(config.phases))]
+    streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length)
+               for phase in phases}
+
+    state = train.init_state(model, tx, streams[phases[0].max_length].make(0, np.arange(1)), config.seed, mesh)
+    if config.init_from:
+        source = load_checkpoint(config.init_from, data.tokenizer)
+        state = state.replace(params=checkpoint.warm_start(state.params, source))
+    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
+    state = checkpoints.resume(state)
+    start, num_steps = int(state.step), phases[-1].stop
+    if start:
+        print(f'{path}: resuming at step {start} of {num_steps}.')
+    step = train.make_train_step(model, tx, config.seed, mesh, config.accumulation, state)
+    rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
+    weights = models.target_weights(config.model)
+    writer = metrics.Writer(folder, start)
+    evaluator = make_evaluator(config, data, model, mesh, phases)
+    train.fit(
+        state, step, batches.placed_ahead(phase_batches(config, phases, streams, start), partition.batch_sharding(mesh)),
+        num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights), log_every=config.log_every,
+        save_every=config.save_every, eval_every=config.eval_every, evaluators={'held_out': evaluator},
+        checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases),
+        rates=functools.partial(rates, config, phases))
+    writer.close()
+    results = checkpoints.scores(num_steps)
+    if jax.process_index() == 0:
+        workdir.write_json(folder / 'results.json', results)
+        plots.curves(folder)
+    print_results(path, results)
+    return results
+
+
+class Phase:
+    """Steps [first, stop) at one length and batch size."""
+
+    def __init__(self, steps: int, max_length: int, batch_size: int, first: int) -> None:
+        self.max_length, self.batch_size, self.first, self.stop = max_length, batch_size, first, first + steps
+
+
+def _first_steps(phases: tuple[tuple[int, int, int], ...]) -> list[int]:
+    return list(itertools.accumulate((steps for steps, _, _ in phases), initial=0))[:-1]
+
+
+def phase_at(phases: list[Phase], step: int) -> Phase:
+    """The phase of update `step` (from 0); the last one for the end of the run."""
+    return next((phase for phase in phases if step < phase.stop), phases[-1])
+
+
+def set_vocab_size(model: ConfigDict, vocab_size: int) -> None:
+    """The vocabulary's size is the tokenizer's; a config that says another one is refused."""
+    if model.embeddings.vocab_size not in (0, vocab_size):
+        raise UserError(f'vocab_size {model.embeddings.vocab_size} in the config, {vocab_size} in the tokenizer.')
+    model.embeddings.vocab_size = vocab_size
+
+
+def load_checkpoint(path: str, tokenizer: Any) -> Any:
+    """The parameters in a workdir, which must have the data's tokenizer."""
+    from bert_jax.data import tokenizer as tokenizers
+
+    workdir.read_config(path)
+    found = tokenizers.load(path)
+    if found.hash != tokenizer.hash:
+        raise UserError(f'{path}: its tokenizer ({found.vocab_size} entries, {found.hash[:12]}) is not the one of the '
+                        f'data ({tokenizer.vocab_size} entries, {tokenizer.hash[:12]}).')
+    return checkpoint.load_params(path)[0]
+
+
+def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses what would fail later, or run and mean nothing."""
+    positions = config.model.embeddings.max_length
+    if not config.phases or any(len(phase) != 3 for phase in config.phases):
+        raise UserError('phases: ((steps, max_length, batch_size), ...) is expected.')
+    for _, length, size in config.phases:
+        if length > positions:
+            raise UserError(f'A phase of max_length {length} is longer than the position table '
+                            f'(model.embeddings.max_length = {positions}).')
+        examples.check_batch_size(size, partition.data_devices(mesh), config.accumulation)
+    examples.check_batch_size(config.eval_batch_size, partition.data_devices(mesh), 1)
+    for key in ('save_every', 'eval_every'):
+        if config[key] % config.log_every:
+            raise UserError(f'{key} {config[key]} is not a multiple of log_every {config.log_every}.')
+    if 'nsp' in config.model.targets and config.pairing == 'single':
+        raise UserError('pairing=single makes no sentence pairs, but the target nsp needs them; '
+                        'use configs/pretrain.py:SIZE,no_nsp.')
+
+
+def make_examples(config: ConfigDict, split: store.Split, data: store.Store, seed: int, max_length: int
+                  ) -> examples.Examples:
+    """The stream of examples of one length."""
+    return examples.Examples(split, data.tokenizer, seed, max_length, config.pairing, config.masking,
+                             config.mask_rate, tuple(config.replacement), config.short_rate)
+
+
+def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, examples.Examples], start: int
+                  ) -> Iterator[batches.Batch]:
+    """This host's rows of every batch from step `start` to the end."""
+    stream = choose('pipeline', batches.STREAMS, config.pipeline)
+    for phase in phases:
+        source = streams[phase.max_length]
+        rows = batches.host_rows(phase.batch_size)
+        make = functools.partial(_make_batch, source, phase.batch_size, rows)
+        yield from stream(make, max(start, phase.first) - phase.first, phase.stop - phase.first)
+
+
+def _make_batch(source: examples.Examples, batch_size: int, rows: slice, step: int) -> batches.Batch:
+    return source.batch(step, batch_size, rows)
+
+
+def make_evaluator(config: ConfigDict, data: store.Store, model: models.Model, mesh: jax.sharding.Mesh,
+                   phases: list[Phase]) -> Callable[[int, Any], dict[str, float]]:
+    """(step, params) -> held-out metrics at the length of that step's phase, the unigram model's beside them."""
+    loss_step = evaluate.make_loss_step(model, mesh)
+
+    @functools.cache
+    def held_out(length: int) -> tuple[list[batches.Batch], dict[str, float]]:
+        source = make_examples(config, data.held_out, data, examples.EVALUATION_SEED, length)
+        count = min(config.eval_examples, source.epoch_size)
+        made = [source.evaluation_batch(number, config.eval_batch_size, count)
+                for number in range(-(-count // config.eval_batch_size))]
+        return made, unigram_model(data, made)
+
+    def evaluator(step: int, params: Any) -> dict[str, float]:
+        made, unigram = held_out(phase_at(phases, step - 1).max_length)
+        return evaluate.evaluate(loss_step, params, made, mesh) | unigram
+
+    if config.eval_examples:
+        for phase in phases:
+            held_out(phase.max_length)  # what is wrong with the held-out side is said now, not hours later
+    return evaluator
+
+
+def unigram_model(data: store.Store, made: list[batches.Batch]) -> dict[str, float]:
+    """What knowing the training side's token frequencies alone (plus one) would score on the held-out masks."""
+    counts = data.train.unigrams(data.tokenizer.vocab_size) + 1
+    answers = np.concatenate([batch['masked_lm_ids'][batch['masked_lm_weights'] > 0] for batch in made])
+    losses = np.log(counts.sum()) - np.log(counts[answers])
+    return {'mlm/unigram_loss': float(losses.mean()), 'mlm/unigram_accuracy': float((answers == counts.argmax()).mean())}
+
+
+def rates(config: ConfigDict, phases: list[Phase], step: int, values: dict[str, float], per_second: float
+          ) -> dict[str, float]:
+    """Sequences/s, real tokens/s, model TFLOP/s, MFU where the peak is known, minutes left."""
+    phase, encoder = phase_at(phases, step - 1), config.model.encoder
+    sequences = per_second * phase.batch_size
+    work = sequences * flops.sequence_flops(
+        num_layers=encoder.num_layers, hidden_size=config.model.embeddings.hidden_size, mlp_size=encoder.mlp_size,
+        vocab_size=config.model.embeddings.vocab_size, tokens=values['tokens'],
+        squared_tokens=values['squared_tokens'], predictions=values['predictions'])
+    peak = flops.peak_flops()
+    return {'sequences_per_second': sequences, 'tokens_per_second': sequences * values['tokens'],
+            'model_tflops_per_second': work / 1e12, 'minutes_left_of_phase': (phase.stop - step) / per_second / 60,
+            **({'mfu': work / peak} if peak else {})}
+
+
+def print_results(path: str, results: dict[str, float]) -> None:
+    """A short table for people."""
+    print(f'{path}: held-out results at the last step (curves.png, results.json, tensorboard/)')
+    for name, value in results.items():
+        print(f'  {name:<32}{value:10.4f}')
+
+
+if __name__ == '__main__':
+    started = time.monotonic()
+    cli.run(main)

@@ -1,0 +1,221 @@
+"""The only loop: TrainState, train_step, fit."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bert_jax import partition
+from bert_jax.checkpoint import Checkpoints
+from bert_jax.cli import UserError, progress
+from bert_jax.metrics import Mean, Writer, merge
+
+Batch = dict[str, jax.Array]
+RUN_AHEAD = 2  # steps dispatched beyond the one being computed
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes.
+
+    Attributes:
+      step: int32, updates made.
+      params: the model's parameters.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def init_state(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, seed: int,
+               mesh: jax.sharding.Mesh) -> TrainState:
+    """A fresh state, every array made where it will live."""
+
+    def init() -> TrainState:
+        params = model.init(jax.random.key(seed), batch, train=False)['params']
+        return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+
+    batch = {name: jnp.asarray(value[:1]) for name, value in batch.items()}
+    shardings = partition.state_shardings(jax.eval_shape(init), mesh)
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model: nn.Module,
+               tx: optax.GradientTransformation, rng: jax.Array, mesh: jax.sharding.Mesh, accumulation: int
+               ) -> tuple[TrainState, dict[str, Mean]]:
+    """One update.
+
+    Each target's loss is its sum over the whole batch by its count over the whole batch, so the number
+    of devices and of micro-batches changes nothing but rounding.
+
+    Args:
+      state: is donated.
+      batch: the global batch [B, ...].
+      hyper: {'learning_rate': scalar, 'weights': {target: scalar}}.
+      model, tx, rng: what to train, how, and where dropout's randomness begins.
+      mesh: how the batch and the parameters lie.
+      accumulation: micro-batches.
+    """
+    counts = model.apply({}, batch, method='counts')
+    rng = jax.random.fold_in(rng, state.step)
+
+    def objective(params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        losses = model.apply({'params': params}, batch, train=True, rngs={'dropout': rng}, method='losses')
+        total = sum(hyper['weights'][name] * terms['loss'].total / jnp.maximum(counts[name], 1)
+                    for name, terms in losses.items())
+        return total, losses
+
+    gradient = jax.grad(objective, has_aux=True)
+    if accumulation == 1:
+        with partition.logical_axes(mesh):
+            grads, losses = gradient(state.params, batch, rng)
+    else:
+        grads, losses = _accumulate(gradient, state.params, batch, rng, mesh, accumulation)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - hyper['learning_rate'] * u, state.params, updates)
+    metrics = {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
+    metrics['loss'] = Mean(sum(hyper['weights'][name] * losses[name]['loss'].total / jnp.maximum(counts[name], 1)
+                               for name in losses), jnp.ones(()))
+    metrics |= _contents(batch) | {'gradient_norm': Mean(optax.global_norm(grads), jnp.ones(()))}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _accumulate(gradient: Callable, params: Any, batch: Batch, rng: jax.Array, mesh: jax.sharding.Mesh,
+                accumulation: int) -> tuple[Any, Any]:
+    """Sums gradients and losses over micro-batches, shard by shard, so that devices talk once, after the loop."""
+    shards = partition.data_devices(mesh)
+    constrain = jax.lax.with_sharding_constraint
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, ...] -> [micro-batch, shard, row, ...]: no row changes its device
+        x = x.reshape(shards, accumulation, -1, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, partition.micro_batch_sharding(mesh))
+
+    whole = constrain(params, partition.gathered(params, mesh))
+    each_shard = partition.per_shard(params, mesh)
+    sharded = jax.vmap(gradient, in_axes=(None, 0, 0), spmd_axis_name=partition.BATCH)
+
+    def body(sums: tuple[Any, Any], micro: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], None]:
+        with partition.logical_axes(mesh, split_batch=False):
+            grads, losses = sharded(whole, *micro)
+        grads, losses = jax.tree.map(jnp.add, sums, (grads, losses))
+        return (constrain(grads, each_shard), losses), None
+
+    micro = jax.tree.map(cut, batch), jax.random.split(rng, (accumulation, shards))
+    shapes = jax.eval_shape(sharded, whole, *jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = constrain(zeros[0], each_shard), zeros[1]
+    sums, _ = jax.lax.scan(body, zeros, micro)
+    return jax.tree.map(lambda x: x.sum(0), sums)
+
+
+def _contents(batch: Batch) -> dict[str, Mean]:
+    """Real tokens of a row, their square, and the share of padding: what a step's FLOPs follow from."""
+    tokens = jnp.sum(batch['input_mask'] > 0, axis=1, dtype=jnp.float32)
+    rows = jnp.ones_like(tokens)
+    predictions = {'predictions': Mean.of(batch['masked_lm_weights'].sum(1), rows)} if 'masked_lm_weights' in batch else {}
+    return {'tokens': Mean.of(tokens, rows), 'squared_tokens': Mean.of(tokens**2, rows),
+            'padding': Mean(jnp.sum(batch['input_mask'] == 0, dtype=jnp.float32),
+                            jnp.float32(batch['input_mask'].size)), **predictions}
+
+
+def make_train_step(model: nn.Module, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh,
+                    accumulation: int, state: TrainState) -> Callable:
+    """train_step, jitted with explicit shardings; compiled once for each shape of batch."""
+    rng = jax.random.fold_in(jax.random.key(seed), 1)
+    step = functools.partial(train_step, model=model, tx=tx, rng=rng, mesh=mesh, accumulation=accumulation)
+    shardings, everywhere = partition.state_shardings(state, mesh), partition.replicated(mesh)
+    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, partition.batch_sharding(mesh), everywhere),
+                   out_shardings=(shardings, everywhere))
+
+
+def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_steps: int,
+        hyper: Callable[[int], dict[str, Any]], log_every: int, save_every: int, eval_every: int,
+        evaluators: Mapping[str, Callable[[int, Any], dict[str, float]]], checkpoints: Checkpoints, writer: Writer,
+        phase_ends: tuple[int, ...] = (), rates: Callable[[int, dict[str, float], float], dict[str, float]] | None = None) -> TrainState:
+    """Trains from `state.step` to `num_steps`; the loop of pre-training, fine-tuning and distillation.
+
+    The host reads results only when a window of steps ends, never to dispatch the next step.
+
+    Args:
+      state: where to begin; donated.
+      step: (state, batch, hyper) -> (state, metrics).
+      batches: one batch for each remaining step.
+      num_steps: updates in all.
+      hyper: step -> learning rate and target weights.
+      log_every, save_every, eval_every: in steps; every window also ends with a phase and with the run.
+      evaluators: name -> ((step, params) -> metrics), logged as 'name/metric'.
+      checkpoints: where states are saved, with the last evaluation's scores.
+      writer: of logs.
+      phase_ends: steps after which the shape of batches changes.
+      rates: (step, window's metrics, steps/s) -> speeds to log.
+
+    Raises:
+      UserError: the loss is not finite; names the step, its batch and the last good checkpoint.
+    """
+    start = int(state.step)
+    stops = {num_steps, *phase_ends}
+    pending: list[dict[str, Mean]] = []
+    scores: dict[str, float] = {}
+    clock = time.monotonic()
+    bar = progress(total=num_steps, initial=start, unit='step', desc='train')
+    for number, batch in zip(range(start, num_steps), batches, strict=True):
+        state, metrics = step(state, batch, hyper(number))
+        pending.append(metrics)
+        jax.block_until_ready(pending[-1 - RUN_AHEAD:-RUN_AHEAD])
+        done = number + 1
+        bar.update()
+        if done % log_every and done not in stops:
+            continue
+        window = jax.device_get(pending)
+        _must_be_finite(window, done, checkpoints)
+        values = merge(window)
+        per_second = len(window) / (time.monotonic() - clock)
+        writer.write(done, values | {'learning_rate': float(hyper(number)['learning_rate'])})
+        speeds = {'steps_per_second': per_second} | (rates(done, values, per_second) if rates else {})
+        writer.write_rates(done, speeds)
+        bar.set_postfix_str(describe(values), refresh=False)
+        pending = []
+        if evaluators and (done % eval_every == 0 or done == num_steps):
+            scores = {f'{name}/{metric}': value for name, evaluate in evaluators.items()
+                      for metric, value in evaluate(done, state.params).items()}
+            writer.write(done, scores)
+            bar.write(f'step {done}: ' + describe(scores))
+        if done % save_every == 0 or done == num_steps:
+            checkpoints.save(done, state, scores)
+        clock = time.monotonic()
+    bar.close()
+    checkpoints.wait()
+    return state
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """Metrics in a line for people."""
+    shown = {name: value for name, value in values.items() if 'loss' in name or 'accuracy' in name or 'f1' in name}
+    return ', '.join(f'{name} {value:.4f}' for name, value in shown.items())
+
+
+def _must_be_finite(window: list[dict[str, Mean]], done: int, checkpoints: Checkpoints) -> None:
+    for number, metrics in enumerate(window, done - len(window)):
+        if not (math.isfinite(metrics['loss'].total) and math.isfinite(metrics['gradient_norm'].total)):
+            checkpoints.wait()
+            steps = checkpoints.steps()
+            last = f'the last good checkpoint is step {steps[-1]}' if steps else 'no checkpoint was saved before it'
+            raise UserError(
+                f'The loss or its gradient is not finite at step {number + 1} (batch {number}, learning rate as '
+                f'logged): {last}. Lower --config.optimizer.learning_rate, or look at that batch.')
+
+
+def as_hyper(learning_rate: float, weights: Mapping[str, float]) -> dict[str, Any]:
+    """What a step takes beside state and batch, as arrays."""
+    return {'learning_rate': np.float32(learning_rate),
+            'weights': {name: np.float32(weight) for name, weight in weights.items()}}

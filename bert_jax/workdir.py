@@ -1,0 +1,79 @@
+"""The folder of a run: enough, alone, to resume it, to fine-tune from it, or to predict with it.
+
+    config.json       the whole config          checkpoints/   parameters and optimizer state
+    environment.json  command, versions         log.jsonl      results, nothing that depends on the clock
+    tokenizer/        its own files             rates.jsonl    speeds
+    labels.json       class names, if any       tensorboard/, results.json, curves.png
+"""
+
+import json
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from bert_jax.cli import UserError
+from bert_jax.data import tokenizer as tokenizers
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tokenizers', 'sentencepiece')
+
+
+def start(path: str, config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> epath.Path:
+    """Opens a workdir: writes what describes the run, or checks that the run there is this one.
+
+    Raises:
+      UserError: the folder holds a run with another config (the keys that differ are named) or tokenizer.
+    """
+    workdir = epath.Path(path)
+    described = json.loads(json.dumps(config.to_dict()))
+    if (workdir / 'config.json').exists():
+        found = read_json(workdir / 'config.json')
+        different = [f'{key} ({found_flat!r} there, {wanted!r} now)'
+                     for key, found_flat, wanted in _differences(found, described)]
+        if different:
+            raise UserError(f'{workdir} holds a run of another config; these keys differ: {", ".join(different)}. '
+                            'Give the same config to resume it, or another --workdir.')
+        if tokenizers.load(workdir).hash != tokenizer.hash:
+            raise UserError(f'{workdir}: its tokenizer is not the one of the data.')
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / 'tokenizer')
+        write_json(workdir / 'environment.json', {
+            'command': sys.argv, 'python': platform.python_version(), 'devices': str(jax.devices()),
+            'packages': {name: metadata.version(name) for name in PACKAGES}})
+        write_json(workdir / 'config.json', described)
+    return workdir
+
+
+def read_config(path: str) -> ConfigDict:
+    """The config of the run in a workdir."""
+    file = epath.Path(path) / 'config.json'
+    if not file.exists():
+        raise UserError(f'{path}: not a workdir (no config.json in it).')
+    return ConfigDict(read_json(file))
+
+
+def read_json(file: epath.Path) -> Any:
+    """A JSON file's contents."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f'{file}: damaged, not JSON ({error}).') from error
+
+
+def write_json(file: epath.Path, content: Any) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    partial = file.with_name(file.name + '.partial')
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n')
+    partial.replace(file)
+
+
+def _differences(found: Any, wanted: Any, prefix: str = '') -> list[tuple[str, Any, Any]]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [difference for key in sorted(found.keys() | wanted.keys())
+                for difference in _differences(found.get(key), wanted.get(key), f'{prefix}.{key}'.lstrip('.'))]
+    return [] if found == wanted else [(prefix, found, wanted)]

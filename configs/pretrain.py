@@ -1,0 +1,71 @@
+"""Pre-training as in the BERT paper (Devlin et al. 2019, 3.1 and appendix A.2).
+
+    python -m bert_jax.pretrain --config configs/pretrain.py:base --config.store=STORE --workdir W
+
+The argument is a size (tiny, mini, small, medium, base, large) and options after commas:
+no_nsp (no sentence pairs), whole_word (whole-word masking), bf16 (compute in bfloat16).
+Phases are (steps, max_length, batch_size); the schedule runs over all of them.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+SIZES = {'tiny': (2, 128, 2), 'mini': (4, 256, 4), 'small': (4, 512, 8), 'medium': (8, 512, 8),
+         'base': (12, 768, 12), 'large': (24, 1024, 16)}
+OPTIONS = ('no_nsp', 'whole_word', 'bf16')
+
+
+def get_config(arg='base'):
+    size, *options = arg.split(',')
+    if size not in SIZES or not set(options) <= set(OPTIONS):
+        raise ValueError(f'unknown {arg!r}; sizes: {", ".join(SIZES)}; options: {", ".join(OPTIONS)}')
+    layers, width, heads = SIZES[size]
+
+    c = ConfigDict()
+    c.store = ''                    # made by bert_jax.prepare
+    c.init_from = ''                # a workdir to go on from, for in-domain pre-training
+    c.seed = 0
+
+    c.phases = ((900_000, 128, 256), (100_000, 512, 256))
+    c.pairing = 'single' if 'no_nsp' in options else 'next_sentence'
+    c.masking = 'whole_word' if 'whole_word' in options else 'token'
+    c.mask_rate = 0.15
+    c.replacement = (0.8, 0.1)      # [MASK], a random token; the rest keeps its own
+    c.short_rate = 0.1              # documents cut to a random shorter length
+    c.pipeline = 'tf'               # or 'thread', without tensorflow
+
+    c.model = model(layers, width, heads, dropout_rate=0.1, max_length=512)
+    c.model.dtype = 'bfloat16' if 'bf16' in options else 'float32'
+    c.model.targets = targets = ConfigDict()
+    targets.mlm = ConfigDict({'vocab_size': c.model.embeddings.get_ref('vocab_size'), 'weight': 1.0,
+                              'activation': c.model.encoder.get_ref('activation')})
+    if 'no_nsp' not in options:
+        targets.nsp = ConfigDict({'weight': 1.0})
+
+    c.optimizer = ConfigDict({'name': 'adamw', 'b1': 0.9, 'b2': 0.999, 'eps': 1e-6, 'weight_decay': 0.01,
+                              'clip_norm': 1.0, 'bias_correction': False})
+    c.schedule = ConfigDict({'peak': 1e-4, 'warmup_steps': 10_000})
+    c.accumulation = 1              # micro-batches an update
+    c.mesh = (-1, 1, 1)             # devices along data, fsdp, tensor; -1: all that are left
+
+    c.log_every = 100
+    c.eval_every = 10_000
+    c.eval_examples = 4096          # held-out, with the same masks in every run
+    c.eval_batch_size = 64
+    c.save_every = 5_000
+    c.keep_checkpoints = 3
+    return c
+
+
+def model(layers, width, heads, dropout_rate, max_length):
+    """The encoder's sizes, each number written once."""
+    hidden_size, rate = FieldReference(width), FieldReference(dropout_rate)
+    num_layers = FieldReference(layers)
+    return ConfigDict({
+        'embeddings': {'name': 'bert', 'vocab_size': FieldReference(0),  # 0: the tokenizer's
+                       'hidden_size': hidden_size, 'max_length': max_length, 'num_segments': 2,
+                       'dropout_rate': rate},
+        'encoder': {'name': 'transformer', 'num_layers': num_layers, 'num_heads': heads,
+                    'mlp_size': hidden_size * 4, 'activation': FieldReference('gelu_new'),  # the original's; 'gelu' is Hugging Face's
+                    'dropout_rate': rate, 'attention_dropout_rate': rate.get(),
+                    'layer_outputs': (), 'unroll': num_layers},  # on pods 1: compiles faster
+    })
