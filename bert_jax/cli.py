@@ -59,15 +59,7 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
     file = path.split(':')[0]
     if not os.path.exists(file):
         raise UserError(f'Config file {file} does not exist.')
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file('config', flag_values=values)
-    try:
-        values(['bert_jax', f'--config={path}'])
-        config = values[holder.name].value
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f'Config {path}: {error}') from error
+    config = _evaluate(path, [])
     known = _leaves(config)
     for override in overrides:
         key, separator, _ = override.removeprefix('--config.').partition('=')
@@ -75,13 +67,17 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
             raise UserError(f'Override {override} has no value; write {override}=VALUE.')
         if key not in known:
             raise unknown('config key', key, known)
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file('config', flag_values=values)
+    return _evaluate(path, overrides)
+
+
+def _evaluate(path: str, overrides: list[str]) -> ConfigDict:
+    values, argv = flags.FlagValues(), ['bert_jax', f'--config={path}', *overrides]
+    holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     try:
-        values(['bert_jax', f'--config={path}', *overrides])
-    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f'Config override: {str(error).splitlines()[-1]}') from error
-    return values[holder.name].value
+        values(argv)
+        return values[holder.name].value
+    except Exception as error:  # whatever the config file itself raises, too
+        raise UserError(f'Config {path}: {str(error).splitlines()[-1]}') from error
 
 
 def _leaves(config: ConfigDict, prefix: str = '') -> list[str]:

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import itertools
+import os
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,6 +16,7 @@ AHEAD = 4
 
 def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     """`make(step)` for step in start..stop-1, in order, through tf.data: parallel and prefetched."""
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     import tensorflow as tf  # seconds to import; machines without it use `thread_stream`
 
     tf.config.set_visible_devices([], 'GPU')
