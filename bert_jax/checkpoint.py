@@ -21,7 +21,7 @@ from etils import epath
 
 from bert_jax.cli import UserError
 
-logging.getLogger('absl').setLevel(logging.ERROR)
+logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax logs whole tracebacks; ours is one line
 OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack or have besides
 
 
@@ -35,7 +35,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 3, best: str = '') -> None:
-        self._folder, self._keep, self._best = epath.Path(folder), keep, best
+        self._folder, self._keep, self._best = epath.Path(folder).resolve(), keep, best
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future | None = None
@@ -84,7 +84,7 @@ class Checkpoints:
         last = f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no good checkpoint before it'
         reason = str(error).strip().splitlines()
         return UserError(f'{folder}: the checkpoint could not be saved ({reason[-1] if reason else type(error)}); '
-                         f'{last}. Free space on the disk and start the same command again: it resumes there.')
+                         f'{last}. Put that right (free space on the disk?) and give the same command again: it resumes.')
 
     def _delete_old(self) -> None:
         steps = self.steps()
@@ -209,7 +209,7 @@ def warm_start(params: Any, source: Any, fresh: tuple[str, ...] = ()) -> Any:
         raise UserError('The checkpoint does not fit the model: ' + '; '.join(problems) + '.')
     for what, names in (('fresh', wanted.keys() - taken), ('left behind', given.keys() - taken)):
         if names:
-            print(f'warm start, {what}: ' + ', '.join(sorted(names)))
+            print(f'warm start, {what}: ' + ', '.join(sorted({name.partition("/")[0] for name in names})))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.device_put(given[_name(path)], leaf.sharding) if _name(path) in taken else leaf, params)
 

@@ -239,7 +239,7 @@ class _Writer:
             partial = self.path / f'{name}.partial'
             if (self.path / name).exists():  # stopped between the renames of `finish`
                 os.replace(self.path / name, partial)
-            self._files[name] = open(partial, 'ab')
+            self._files[name] = open(partial, 'ab')  # noqa: SIM115 - closed by `finish`
             if os.path.getsize(partial) < sizes.get(name, 0):
                 raise UserError(f'{partial}: shorter than its journal says; delete {self.path} and start again.')
             self._files[name].truncate(sizes.get(name, 0))

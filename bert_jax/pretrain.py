@@ -8,7 +8,6 @@ command, it resumes exactly. The workdir alone is enough to fine-tune or predict
 
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bert_jax import checkpoint, cli, evaluate, flops, metrics, optimizer, partition, plots, train, workdir
+from bert_jax import (
+    checkpoint,
+    cli,
+    evaluate,
+    flops,
+    metrics,
+    optimizer,
+    partition,
+    plots,
+    train,
+    workdir,
+)
 from bert_jax.cli import UserError, choose
 from bert_jax.data import batches, examples, store
 from bert_jax.model import model as models
@@ -62,8 +72,9 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
     evaluator = make_evaluator(config, data, model, mesh, phases)
+    placed = batches.placed_ahead(phase_batches(config, phases, streams, start), partition.batch_sharding(mesh))
     train.fit(
-        state, step, batches.placed_ahead(phase_batches(config, phases, streams, start), partition.batch_sharding(mesh)),
+        state, step, placed,
         num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights), log_every=config.log_every,
         save_every=config.save_every, eval_every=config.eval_every, evaluators={'held_out': evaluator},
         checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases),
@@ -181,7 +192,8 @@ def unigram_model(data: store.Store, made: list[batches.Batch]) -> dict[str, flo
     counts = data.train.unigrams(data.tokenizer.vocab_size) + 1
     answers = np.concatenate([batch['masked_lm_ids'][batch['masked_lm_weights'] > 0] for batch in made])
     losses = np.log(counts.sum()) - np.log(counts[answers])
-    return {'mlm/unigram_loss': float(losses.mean()), 'mlm/unigram_accuracy': float((answers == counts.argmax()).mean())}
+    return {'mlm/unigram_loss': float(losses.mean()),
+            'mlm/unigram_accuracy': float((answers == counts.argmax()).mean())}
 
 
 def rates(config: ConfigDict, phases: list[Phase], step: int, values: dict[str, float], per_second: float
@@ -207,5 +219,4 @@ def print_results(path: str, results: dict[str, float]) -> None:
 
 
 if __name__ == '__main__':
-    started = time.monotonic()
     cli.run(main)

@@ -84,8 +84,9 @@ def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model:
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - hyper['learning_rate'] * u, state.params, updates)
     metrics = {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
-    metrics['loss'] = Mean(sum(hyper['weights'][name] * losses[name]['loss'].total / jnp.maximum(counts[name], 1)
-                               for name in losses), jnp.ones(()))
+    total = sum(hyper['weights'][name] * terms['loss'].total / jnp.maximum(counts[name], 1)
+                for name, terms in losses.items())
+    metrics['loss'] = Mean(total, jnp.ones(()))
     metrics |= _contents(batch) | {'gradient_norm': Mean(optax.global_norm(grads), jnp.ones(()))}
     return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -122,10 +123,12 @@ def _contents(batch: Batch) -> dict[str, Mean]:
     """Real tokens of a row, their square, and the share of padding: what a step's FLOPs follow from."""
     tokens = jnp.sum(batch['input_mask'] > 0, axis=1, dtype=jnp.float32)
     rows = jnp.ones_like(tokens)
-    predictions = {'predictions': Mean.of(batch['masked_lm_weights'].sum(1), rows)} if 'masked_lm_weights' in batch else {}
-    return {'tokens': Mean.of(tokens, rows), 'squared_tokens': Mean.of(tokens**2, rows),
+    contents = {'tokens': Mean.of(tokens, rows), 'squared_tokens': Mean.of(tokens**2, rows),
             'padding': Mean(jnp.sum(batch['input_mask'] == 0, dtype=jnp.float32),
-                            jnp.float32(batch['input_mask'].size)), **predictions}
+                            jnp.float32(batch['input_mask'].size))}
+    if 'masked_lm_weights' in batch:
+        contents['predictions'] = Mean.of(batch['masked_lm_weights'].sum(1), rows)
+    return contents
 
 
 def make_train_step(model: nn.Module, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh,
@@ -141,7 +144,8 @@ def make_train_step(model: nn.Module, tx: optax.GradientTransformation, seed: in
 def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_steps: int,
         hyper: Callable[[int], dict[str, Any]], log_every: int, save_every: int, eval_every: int,
         evaluators: Mapping[str, Callable[[int, Any], dict[str, float]]], checkpoints: Checkpoints, writer: Writer,
-        phase_ends: tuple[int, ...] = (), rates: Callable[[int, dict[str, float], float], dict[str, float]] | None = None) -> TrainState:
+        phase_ends: tuple[int, ...] = (),
+        rates: Callable[[int, dict[str, float], float], dict[str, float]] = lambda *_: {}) -> TrainState:
     """Trains from `state.step` to `num_steps`; the loop of pre-training, fine-tuning and distillation.
 
     The host reads results only when a window of steps ends, never to dispatch the next step.
@@ -181,8 +185,7 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
         values = merge(window)
         per_second = len(window) / (time.monotonic() - clock)
         writer.write(done, values | {'learning_rate': float(hyper(number)['learning_rate'])})
-        speeds = {'steps_per_second': per_second} | (rates(done, values, per_second) if rates else {})
-        writer.write_rates(done, speeds)
+        writer.write_rates(done, {'steps_per_second': per_second} | rates(done, values, per_second))
         bar.set_postfix_str(describe(values), refresh=False)
         pending = []
         if evaluators and (done % eval_every == 0 or done == num_steps):
@@ -211,8 +214,8 @@ def _must_be_finite(window: list[dict[str, Mean]], done: int, checkpoints: Check
             steps = checkpoints.steps()
             last = f'the last good checkpoint is step {steps[-1]}' if steps else 'no checkpoint was saved before it'
             raise UserError(
-                f'The loss or its gradient is not finite at step {number + 1} (batch {number}, learning rate as '
-                f'logged): {last}. Lower --config.optimizer.learning_rate, or look at that batch.')
+                f'The loss or its gradient is not finite at step {number + 1} (batch number {number}): {last}. '
+                'Lower --config.schedule.peak, or look at that batch.')
 
 
 def as_hyper(learning_rate: float, weights: Mapping[str, float]) -> dict[str, Any]:

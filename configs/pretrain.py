@@ -64,8 +64,8 @@ def model(layers, width, heads, dropout_rate, max_length):
         'embeddings': {'name': 'bert', 'vocab_size': FieldReference(0),  # 0: the tokenizer's
                        'hidden_size': hidden_size, 'max_length': max_length, 'num_segments': 2,
                        'dropout_rate': rate},
-        'encoder': {'name': 'transformer', 'num_layers': num_layers, 'num_heads': heads,
-                    'mlp_size': hidden_size * 4, 'activation': FieldReference('gelu_new'),  # the original's; 'gelu' is Hugging Face's
+        'encoder': {'name': 'transformer', 'num_layers': num_layers, 'num_heads': heads, 'mlp_size': hidden_size * 4,
+                    'activation': FieldReference('gelu_new'),  # the original's; 'gelu' (erf) is Hugging Face's
                     'dropout_rate': rate, 'attention_dropout_rate': rate * 1.0,  # follows, unless given
                     'layer_outputs': (), 'unroll': num_layers * 1},  # on pods 1: compiles faster
     })

@@ -17,6 +17,7 @@ AHEAD = 4
 def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     """`make(step)` for step in start..stop-1, in order, through tf.data: parallel and prefetched."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     import tensorflow as tf  # seconds to import; machines without it use `thread_stream`
 
     tf.config.set_visible_devices([], 'GPU')

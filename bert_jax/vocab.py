@@ -1,0 +1,128 @@
+"""Learns a vocabulary from text.
+
+    python -m bert_jax.vocab --input 'text/*.txt' --kind wordpiece --vocab_size 30000 --output vocab --lowercase
+
+Inputs are those of bert_jax.prepare. An existing vocab.txt, tokenizer.json or SentencePiece .model needs
+no training: give it to bert_jax.prepare as it is.
+
+Which choices for which language:
+  English, much data         wordpiece --lowercase --strip_accents --split_cjk: BERT's uncased model;
+                             without --lowercase and --strip_accents: its cased one
+  languages with accents     no --strip_accents: 'ano' is not 'año'
+  Korean                     never --strip_accents: it takes Hangul syllables apart into jamo
+  Chinese                    wordpiece --split_cjk: every character a word of its own
+  Japanese, Thai, Lao,       sentencepiece: it needs no spaces between words
+  Khmer, many languages
+  named entities, tagging    no --lowercase
+"""
+
+import argparse
+import io
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import sentencepiece
+import tokenizers
+
+from bert_jax import cli, prepare
+from bert_jax.cli import UserError
+from bert_jax.data import corpora, store, tokenizer
+
+SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
+CHUNK = 10_000  # sentences a chunk given to the trainer
+
+
+def main() -> None:
+    """Command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument('--input', nargs='+', required=True, metavar='GLOB')
+    parser.add_argument('--kind', choices=('wordpiece', 'sentencepiece'), default='wordpiece')
+    parser.add_argument('--vocab_size', type=int, required=True, metavar='N', help='entries, special ones counted')
+    parser.add_argument('--output', required=True, metavar='DIR', help='the folder to write')
+    parser.add_argument('--lowercase', action='store_true', help='upper and lower case are one')
+    parser.add_argument('--strip_accents', action='store_true', help='é is e (wordpiece)')
+    parser.add_argument('--split_cjk', action='store_true', help='each Chinese character is a word (wordpiece)')
+    prepare.add_reader_arguments(parser)
+    train(parser.parse_args())
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains the vocabulary that the arguments describe and writes it whole.
+
+    Raises:
+      UserError: no text, a size the text cannot fill, a folder that is not empty.
+    """
+    if args.vocab_size <= len(SPECIALS):
+        raise UserError(f'--vocab_size {args.vocab_size}: {len(SPECIALS)} special entries alone need more.')
+    output = pathlib.Path(args.output)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f'{output}: not empty; give another --output.')
+    if args.kind == 'sentencepiece' and (args.strip_accents or args.split_cjk):
+        raise UserError('--strip_accents and --split_cjk belong to --kind wordpiece.')
+    reader, names = prepare.reader_from(args), corpora.expand(args.input)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as partial:
+        folder = pathlib.Path(partial) / 'vocab'
+        folder.mkdir()
+        make = {'wordpiece': _train_wordpiece, 'sentencepiece': _train_sentencepiece}[args.kind]
+        make(_Sentences(names, reader), args, folder)
+        if output.exists():
+            output.rmdir()
+        shutil.move(folder, output)
+    learned = tokenizer.load(output)
+    print(f'{output}: {learned.vocab_size:,} entries ({args.kind}).')
+    if learned.vocab_size < args.vocab_size:
+        print(f'note: the text has no more than {learned.vocab_size:,} pieces; {args.vocab_size:,} were asked for.')
+
+
+class _Sentences:
+    """All sentences of the inputs, with a progress bar; remembers whether there were any."""
+
+    def __init__(self, names: list[str], reader: corpora.Reader) -> None:
+        self._names, self._reader, self.count = names, reader, 0
+
+    def __iter__(self) -> Iterator[str]:
+        with cli.progress(unit='B', unit_scale=True, desc='read') as bar:
+            for name in self._names:
+                for block in self._reader.blocks(name):
+                    for document in self._reader.documents(block):
+                        self.count += len(document)
+                        yield from document
+                    bar.update(block.size)
+        if not self.count:
+            raise UserError(f'{", ".join(self._names)}: no text in it.')
+
+
+def _train_wordpiece(sentences: _Sentences, args: argparse.Namespace, folder: pathlib.Path) -> None:
+    options = {'do_lower_case': args.lowercase, 'strip_accents': args.strip_accents,
+               'tokenize_chinese_chars': args.split_cjk}
+    backend = tokenizer.wordpiece(SPECIALS, **options)
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=args.vocab_size, special_tokens=list(SPECIALS), show_progress=False)
+    backend.train_from_iterator(sentences, trainer)
+    ids = backend.get_vocab()
+    pieces = sorted(ids, key=ids.__getitem__)
+    (folder / 'vocab.txt').write_text('\n'.join(pieces) + '\n', encoding='utf-8')
+    store.write_json(folder / 'tokenizer_config.json', options)
+
+
+def _train_sentencepiece(sentences: _Sentences, args: argparse.Namespace, folder: pathlib.Path) -> None:
+    model = io.BytesIO()
+    roles = {role: i for i, role in enumerate(('pad', 'unk', 'bos', 'eos'))}
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=model, vocab_size=args.vocab_size,
+            normalization_rule_name='nmt_nfkc_cf' if args.lowercase else 'nmt_nfkc',
+            **{f'{role}_id': i for role, i in roles.items()},
+            **{f'{role}_piece': SPECIALS[i] for role, i in roles.items()},
+            control_symbols=SPECIALS[-1], input_sentence_size=5_000_000, shuffle_input_sentence=True,
+            minloglevel=2)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f'sentencepiece: {str(error).strip().splitlines()[-1]}') from error
+    (folder / 'tokenizer.model').write_bytes(model.getvalue())
+
+
+if __name__ == '__main__':
+    cli.run(main)

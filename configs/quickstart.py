@@ -1,0 +1,29 @@
+"""The quickstart's pre-training: BERT-tiny on about half a million tokens, a few minutes on two cores.
+
+    python -m bert_jax.pretrain --config configs/quickstart.py --config.store=STORE --workdir W
+
+Without dropout: a model this small, trained this briefly, has nothing to forget.
+"""
+
+import importlib.util
+import pathlib
+
+
+def get_config():
+    c = _pretrain().get_config('tiny')
+    c.phases = ((1500, 128, 32), (150, 512, 16))
+    c.model.embeddings.dropout_rate = 0.0
+    c.schedule.peak = 2e-3
+    c.schedule.warmup_steps = 150
+    c.log_every = 50
+    c.eval_every = c.save_every = 500
+    c.eval_examples = 512
+    return c
+
+
+def _pretrain():
+    """configs/pretrain.py, whatever folder the command is given in."""
+    spec = importlib.util.spec_from_file_location('pretrain', pathlib.Path(__file__).with_name('pretrain.py'))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
