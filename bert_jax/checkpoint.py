@@ -84,7 +84,7 @@ class Checkpoints:
         last = f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no good checkpoint before it'
         reason = str(error).strip().splitlines()
         return UserError(f'{folder}: the checkpoint could not be saved ({reason[-1] if reason else type(error)}); '
-                         f'{last}. Put that right (free space on the disk?) and give the same command again: it resumes.')
+                         f'{last}. Put that right (a full disk?) and give the same command again: it resumes.')
 
     def _delete_old(self) -> None:
         steps = self.steps()

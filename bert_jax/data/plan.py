@@ -74,10 +74,10 @@ def _next_sentence(split: Split, key: int, budget: int, target: np.ndarray) -> n
         is_random = (count == 1) | draws.chance(draws.bits64(key, RANDOM, first), 0.5)
         b_first, b_stop = _random_b(split, key, document, first, target[document] - (starts[cut] - starts[first]))
         b_first, b_stop = np.where(is_random, b_first, cut), np.where(is_random, b_stop, stop)
-        rows = _rows(starts, first, cut, b_first, b_stop, is_random, count)
+        rows = make_rows(starts, first, cut, b_first, b_stop, is_random, count)
         return rows, np.where(is_random, cut, stop)  # after a random B the unused sentences go back
 
-    return _truncate_pairs(_walk(split, target, step), key, budget)
+    return truncate(walk(split, target, step), key, budget)
 
 
 def _random_b(split: Split, key: int, document: np.ndarray, first: np.ndarray, wanted: np.ndarray
@@ -95,12 +95,12 @@ def _single(split: Split, key: int, budget: int, target: np.ndarray) -> np.ndarr
     starts = split.sentence_starts
 
     def step(document: np.ndarray, first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return _rows(starts, first, stop, stop, stop, np.zeros(len(first), bool), stop - first), stop
+        return make_rows(starts, first, stop, stop, stop, np.zeros(len(first), bool), stop - first), stop
 
-    return _truncate_pairs(_walk(split, target, step), key, budget)
+    return truncate(walk(split, target, step), key, budget)
 
 
-def _walk(split: Split, target: np.ndarray, step: Callable) -> np.ndarray:
+def walk(split: Split, target: np.ndarray, step: Callable) -> np.ndarray:
     """Walks all documents at once, a chunk of about `target` tokens each time; rows in document order."""
     document = np.arange(len(split.document_lengths))
     first, end = split.document_starts[:-1], split.document_starts[1:]
@@ -123,7 +123,7 @@ def _until(split: Split, first: np.ndarray, wanted: np.ndarray, end: np.ndarray)
     return np.clip(stop, first + 1, end)
 
 
-def _rows(starts: np.ndarray, a_first: np.ndarray, a_stop: np.ndarray, b_first: np.ndarray,
+def make_rows(starts: np.ndarray, a_first: np.ndarray, a_stop: np.ndarray, b_first: np.ndarray,
           b_stop: np.ndarray, label: np.ndarray, sentences: np.ndarray) -> np.ndarray:
     rows = np.empty(len(a_first), _UNTRUNCATED)
     rows['first'], rows['label'], rows['sentences'] = a_first, label, np.minimum(sentences, 0xFFFF)
@@ -136,7 +136,7 @@ _UNTRUNCATED = np.dtype([('first', '<i8'), ('a_start', '<i8'), ('b_start', '<i8'
                          ('b_length', '<i8'), ('label', 'u1'), ('sentences', '<u2')])
 
 
-def _truncate_pairs(rows: np.ndarray, key: int, budget: int) -> np.ndarray:
+def truncate(rows: np.ndarray, key: int, budget: int) -> np.ndarray:
     """Cuts A + B to `budget`: one token at a time off the longer (B when equal), front or back by a coin."""
     a, b = rows['a_length'], rows['b_length']
     a_kept = np.minimum(a, np.where(b <= budget // 2, budget - b, (budget + 1) // 2))

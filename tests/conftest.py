@@ -1,0 +1,97 @@
+"""Small real text that every Python carries, and what the tests make of it."""
+
+import os
+import pathlib
+import pydoc_data.topics
+import subprocess
+import sys
+
+import pytest
+
+import bert_jax  # noqa: F401 - first: it sets the flags that JAX's backend opens with
+
+ROOT = pathlib.Path(__file__).parent.parent
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+
+
+def write_corpus(path: pathlib.Path, topics: int = 60) -> pathlib.Path:
+    """One help topic a document, one sentence a line."""
+    from bert_jax.data import corpora
+
+    documents = [text for _, text in sorted(pydoc_data.topics.topics.items())][:topics]
+    paragraphs = [' '.join(p.split()) for text in documents for p in [text]]
+    path.write_text('\n\n'.join('\n'.join(corpora.split_sentences(p)) for p in paragraphs) + '\n')
+    return path
+
+
+def run_module(name: str, *args: str, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
+    """Runs `python -m bert_jax.NAME` as a user would."""
+    return subprocess.run(
+        [sys.executable, '-m', f'bert_jax.{name}', *map(str, args)], cwd=ROOT, text=True, capture_output=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'} | (env or {}), timeout=600, **kwargs)
+
+
+def expect_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One line on stderr that says `words`, exit code 2, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and 'Traceback' not in result.stderr, result.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_corpus(tmp_path_factory.mktemp('corpus') / 'topics.txt')
+
+
+@pytest.fixture(scope='session')
+def vocab(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A WordPiece vocabulary of 1,000 entries, a number that no hardware likes."""
+    folder = tmp_path_factory.mktemp('vocab') / 'wordpiece'
+    result = run_module('vocab', '--input', corpus, '--vocab_size', '1003', '--lowercase', '--output', folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope='session')
+def sentencepiece_vocab(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp('vocab') / 'sentencepiece'
+    result = run_module('vocab', '--input', corpus, '--vocab_size', '1003', '--kind', 'sentencepiece',
+                        '--output', folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope='session')
+def store_path(corpus: pathlib.Path, vocab: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    from bert_jax import prepare
+    from bert_jax.data import corpora
+
+    path = tmp_path_factory.mktemp('store') / 'store'
+    prepare.prepare([str(corpus)], str(vocab), str(path), corpora.Reader(), held_out=0.15)
+    return path
+
+
+@pytest.fixture(scope='session')
+def store(store_path: pathlib.Path):
+    from bert_jax.data import store as stores
+
+    return stores.load(store_path)
+
+
+TINY = ['--config.phases=((6,64,8),(4,96,8))', '--config.model.encoder.num_layers=2',
+        '--config.model.embeddings.hidden_size=32', '--config.model.encoder.num_heads=2',
+        '--config.model.embeddings.max_length=128', '--config.schedule.warmup_steps=2',
+        '--config.schedule.peak=1e-3', '--config.log_every=2', '--config.save_every=2', '--config.eval_every=4',
+        '--config.eval_examples=12', '--config.eval_batch_size=8', '--config.pipeline=thread']
+
+
+@pytest.fixture(scope='session')
+def pretrained(store_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The workdir of a very small pre-trained model."""
+    work = tmp_path_factory.mktemp('pretrained') / 'work'
+    result = run_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}',
+                        '--workdir', work, *TINY)
+    assert result.returncode == 0, result.stderr
+    return work
