@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 
 
-def write_corpus(path: pathlib.Path, topics: int = 60) -> pathlib.Path:
+def write_corpus(path: pathlib.Path, topics: int = 90) -> pathlib.Path:
     """One help topic a document, one sentence a line."""
     from bert_jax.data import corpora
 

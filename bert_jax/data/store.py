@@ -100,9 +100,10 @@ def read_info(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f'{path}: no finished store there; make one with python -m bert_jax.prepare '
                         '(the same command goes on with an unfinished one).')
     try:
-        info = json.loads(file.read_text())
+        text = file.read_text()
+        info = json.loads(text)
         body = {key: value for key, value in info.items() if key != 'sha256'}
-        version, whole = info['format_version'], info['sha256'] == info_hash(body)
+        version, whole = info['format_version'], info['sha256'] == info_hash(body) and text == _render(info)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{file}: damaged ({type(error).__name__}); prepare the store again.') from error
     if version != FORMAT_VERSION:
@@ -130,8 +131,12 @@ def finish(path: pathlib.Path, body: dict[str, Any]) -> None:
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a JSON file that appears whole or not at all."""
     partial = path.with_name(path.name + '.partial')
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')
+    partial.write_text(_render(content))
     os.replace(partial, path)
+
+
+def _render(content: Any) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + '\n'
 
 
 def file_hash(path: pathlib.Path) -> str:

@@ -1,0 +1,94 @@
+"""Optimizers and schedule against float64 NumPy, and against optax where it has the same thing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bert_jax import optimizer
+from bert_jax.cli import UserError
+
+SETTINGS = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6, 'weight_decay': 0.01, 'clip_norm': 1.0}
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return {'encoder': {'layers': {'dense': {'kernel': rng.normal(size=(3, 4, 5)), 'bias': rng.normal(size=(3, 5))},
+                                   'norm': {'scale': rng.normal(size=(3, 5)), 'bias': rng.normal(size=(3, 5))}}},
+            'embeddings': {'token': rng.normal(size=(7, 4))}}
+
+
+def numpy_steps(tree, grads, rate, correct, lamb, b1, b2, eps, weight_decay, clip_norm):
+    """Loshchilov & Hutter's AdamW and You et al.'s LAMB, a leaf and a layer at a time, in float64."""
+    flat, layout = jax.tree.flatten(tree)
+    names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    ms, vs = [np.zeros_like(p) for p in flat], [np.zeros_like(p) for p in flat]
+    for t, grad in enumerate(grads, 1):
+        gs = jax.tree.leaves(grad)
+        norm = np.sqrt(sum((g**2).sum() for g in gs))
+        gs = [g * min(1, clip_norm / norm) for g in gs]
+        for i, (g, name) in enumerate(zip(gs, names)):
+            ms[i] = b1 * ms[i] + (1 - b1) * g
+            vs[i] = b2 * vs[i] + (1 - b2) * g**2
+            m, v = (ms[i] / (1 - b1**t), vs[i] / (1 - b2**t)) if correct else (ms[i], vs[i])
+            u = m / (np.sqrt(v) + eps)
+            if 'bias' not in name and 'scale' not in name:
+                u = u + weight_decay * flat[i]
+            if lamb:
+                layers = range(3) if 'layers' in name else [...]
+                u = u.copy()
+                for layer in layers:
+                    u[layer] *= np.linalg.norm(flat[i][layer]) / np.linalg.norm(u[layer])
+            flat[i] = flat[i] - rate * u
+    return jax.tree.unflatten(layout, flat)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'lamb'])
+@pytest.mark.parametrize('correct', [False, True])
+def test_against_float64_numpy(name, correct):
+    rng = np.random.default_rng(1)
+    grads = [jax.tree.map(lambda p: rng.normal(size=p.shape), params()) for _ in range(10)]
+    expected = numpy_steps(params(), grads, 1e-2, correct, name == 'lamb', **SETTINGS)
+    tx = optimizer.make_optimizer(name, bias_correction=correct, **SETTINGS)
+    tree = jax.tree.map(jnp.float32, params())
+    state = tx.init(tree)
+    for grad in grads:
+        updates, state = tx.update(jax.tree.map(jnp.float32, grad), state, tree)
+        tree = jax.tree.map(lambda p, u: p - 1e-2 * u, tree, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), tree, expected)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'lamb'])
+def test_against_optax_on_unstacked_parameters(name):
+    tree = {'dense': {'kernel': jnp.arange(1.0, 13).reshape(3, 4), 'bias': jnp.ones(4)}}
+    peer = {'adamw': optax.adamw, 'lamb': optax.lamb}[name](
+        1e-2, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, mask=optimizer.decay_mask)
+    tx = optimizer.make_optimizer(name, bias_correction=True, **(SETTINGS | {'clip_norm': 0.0}))
+    ours, theirs, a, b = tree, tree, tx.init(tree), peer.init(tree)
+    for i in range(5):
+        grad = jax.tree.map(lambda p: jnp.sin(p * (i + 1)), tree)  # noqa: B023
+        updates, a = tx.update(grad, a, ours)
+        ours = jax.tree.map(lambda p, u: p - 1e-2 * u, ours, updates)
+        updates, b = peer.update(grad, b, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), ours, theirs)
+
+
+def test_decay_goes_by_name():
+    mask = optimizer.decay_mask(params())
+    assert mask['encoder']['layers'] == {'dense': {'kernel': True, 'bias': False}, 'norm': {'scale': False, 'bias': False}}
+    assert mask['embeddings']['token'] is True
+
+
+def test_schedule_is_the_original_codes():
+    rate = lambda step: optimizer.learning_rate(step, peak=2.0, warmup_steps=10, num_steps=100)  # noqa: E731
+    assert [rate(s) for s in (0, 5, 9)] == [0.0, 1.0, 1.8]
+    assert rate(10) == pytest.approx(2 * 0.9)                # the decay line starts at step 0
+    assert rate(55) == pytest.approx(0.9) and rate(100) == 0 and rate(120) == 0
+    assert optimizer.learning_rate(0, peak=2.0, warmup_steps=0, num_steps=100) == 2
+
+
+def test_unknown_optimizer():
+    with pytest.raises(UserError, match="Unknown optimizer 'adam'; known: adamw, lamb"):
+        optimizer.make_optimizer('adam')
