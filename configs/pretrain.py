@@ -66,6 +66,6 @@ def model(layers, width, heads, dropout_rate, max_length):
                        'dropout_rate': rate},
         'encoder': {'name': 'transformer', 'num_layers': num_layers, 'num_heads': heads, 'mlp_size': hidden_size * 4,
                     'activation': FieldReference('gelu_new'),  # the original's; 'gelu' (erf) is Hugging Face's
-                    'dropout_rate': rate, 'attention_dropout_rate': rate * 1.0,  # follows, unless given
+                    'dropout_rate': rate * 1.0, 'attention_dropout_rate': rate * 1.0,  # follow, unless given
                     'layer_outputs': (), 'unroll': num_layers * 1},  # on pods 1: compiles faster
     })

@@ -61,7 +61,7 @@ class Transformer(nn.Module):
       dropout_rate: after attention and MLP.
       attention_dropout_rate: on the attention probabilities.
       layer_outputs: which of 'hidden', 'query', 'key', 'value' to keep of every layer.
-      unroll: layers a step of the scan; N makes an unrolled program. No number changes with it.
+      unroll: layers a step of the scan; N makes an unrolled program, the same but for rounding.
       dtype: what is computed in.
     """
 

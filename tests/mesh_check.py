@@ -1,0 +1,87 @@
+"""Runs in a process with 8 virtual devices: the same ten steps on several meshes; prints JSON."""
+
+import json
+import re
+import sys
+
+import bert_jax  # noqa: F401 - first: it sets the flags that JAX's backend opens with
+
+sys.path.insert(0, 'tests')
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+
+from bert_jax import optimizer, partition, train
+from bert_jax.data import batches
+
+STEPS = 10
+SETTINGS = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6, 'weight_decay': 0.01, 'clip_norm': 1.0, 'bias_correction': True}
+
+
+def run(shape, accumulation):
+    devices = jax.devices()[:int(np.prod(shape))]
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), partition.AXES)
+    model = models.build('model.embeddings.dropout_rate=0.0', 'model.encoder.unroll=1')
+    tx = optimizer.make_optimizer('adamw', **SETTINGS)
+    made = [global_batch(i) for i in range(STEPS)]
+    state = train.init_state(model, tx, made[0], 0, mesh)
+    state = state.replace(params=jax.device_put(models.random_params(model, made[0], scale=0.05),
+                                                partition.state_shardings(state.params, mesh)))
+    step = train.make_train_step(model, tx, 0, mesh, accumulation, state)
+    hyper = train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0})
+    sharding, losses = partition.batch_sharding(mesh), []
+    first = batches.place(made[0], sharding)
+    text = step.lower(state, first, hyper).compile().as_text()
+    per_device = {name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+                  for name, tree in (('params', state.params), ('opt_state', state.opt_state))}
+    for batch in made:
+        state, metrics = step(state, batches.place(batch, sharding), hyper)
+        losses.append([float(metrics[k].total / metrics[k].count) for k in ('loss', 'mlm/loss', 'nsp/loss', 'mlm/accuracy')])
+    params = np.concatenate([np.ravel(np.asarray(x)) for x in jax.tree.leaves(state.params)])
+    return {'losses': losses, 'params': params, 'per_device': per_device, 'reductions': reductions(text)}
+
+
+def global_batch(i):
+    """32 rows; the shards of every mesh hold unequal numbers of masks, some none at all."""
+    parts = [models.batch(np.random.default_rng((i, j))) for j in range(4)]
+    batch = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    batch['masked_lm_weights'][4:9] = 0
+    return batch
+
+
+def reductions(text):
+    """(elements of each all-reduce or reduce-scatter inside a loop body, and outside)."""
+    bodies = set(re.findall(r'body=%?([\w.\-]+)', text))
+    inside, outside, name = [], [], ''
+    for line in text.split('\n'):
+        head = re.match(r'(?:ENTRY )?%?([\w.\-]+) .*\{$', line)
+        if head:
+            name = head.group(1)
+        reduced = re.search(r' = (.*) (?:all-reduce|reduce-scatter)(?:-start)?\(', line)
+        if reduced:
+            sizes = [int(np.prod([int(n) for n in dims.split(',') if n] or [1]))
+                     for dims in re.findall(r'f32\[([\d,]*)\]', reduced.group(1))]
+            (inside if name in bodies else outside).extend(sizes)
+    return {'inside': inside, 'outside': outside}
+
+
+CASES = {'1 device': ((1, 1, 1), 1), '8 data': ((8, 1, 1), 1), '2 data x 4 fsdp': ((2, 4, 1), 1),
+         '2 data x 2 fsdp x 2 tensor': ((2, 2, 2), 1), '1 device, accumulation 4': ((1, 1, 1), 4),
+         '8 data, accumulation 4': ((8, 1, 1), 4), '2 data x 2 fsdp x 2 tensor, accumulation 4': ((2, 2, 2), 4)}
+
+
+def main():
+    results = {name: run(*case) for name, case in CASES.items()}
+    reference = results['1 device']
+    for result in results.values():
+        result['update_error'] = float(np.abs(result['params'] - reference['params']).max() / np.abs(reference['params']).max())
+        result['norm_error'] = float(np.linalg.norm(result['params'] - reference['params']) / np.linalg.norm(reference['params']))
+    for result in results.values():
+        del result['params']
+    print(json.dumps(results | {'count': int(sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(
+        lambda: models.build().init(jax.random.key(0), jax.tree.map(jnp.asarray, global_batch(0)), train=False)))) or 0)}))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,52 @@
+"""Small models and batches for the tests, with sizes that cannot be confused: B, L, P, D, V = 8, 13, 3, 32, 67."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bert_jax import cli
+from bert_jax.model import model as models
+
+B, L, P, D, V = 8, 13, 3, 32, 67
+
+
+def config(*overrides, arg='tiny'):
+    c = cli.load_config('configs/pretrain.py:' + arg, [f'--config.{o}' for o in (
+        'model.encoder.num_layers=2', f'model.embeddings.hidden_size={D}', 'model.encoder.num_heads=4',
+        'model.encoder.mlp_size=48', 'model.embeddings.max_length=16', f'model.embeddings.vocab_size={V}', *overrides)])
+    return c.model
+
+
+def batch(rng=None, padded=True):
+    """Examples whose masked positions, labels and padding differ row by row."""
+    rng = rng or np.random.default_rng(0)
+    lengths = rng.integers(5, L + 1, B) if padded else np.full(B, L)
+    place = np.arange(L)
+    mask = (place < lengths[:, None]).astype(np.int32)
+    weights = (np.arange(P) < rng.integers(0, P + 1, B)[:, None]).astype(np.float32)
+    weights[0] = 1
+    return {
+        'input_ids': (rng.integers(5, V, (B, L)) * mask).astype(np.int32), 'input_mask': mask,
+        'segment_ids': ((place >= lengths[:, None] // 2) * mask).astype(np.int32),
+        'position_ids': np.broadcast_to(place, (B, L)).astype(np.int32).copy(),
+        'masked_lm_positions': np.sort(rng.integers(1, 5, (B, P))).astype(np.int32),
+        'masked_lm_ids': rng.integers(5, V, (B, P)).astype(np.int32), 'masked_lm_weights': weights,
+        'cls_positions': np.zeros((B, 1), np.int32), 'next_sentence_labels': rng.integers(0, 2, (B, 1)).astype(np.int32),
+        'next_sentence_weights': np.ones((B, 1), np.float32),
+        'label_ids': rng.integers(0, 3, B).astype(np.int32), 'is_real_example': np.ones(B, np.int32)}
+
+
+def random_params(model, example, seed=0, scale=0.2):
+    """Every tensor random and of realistic size, LayerNorm scales and biases too, so that no swap can hide."""
+    params = model.init(jax.random.key(0), example, train=False)['params']
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        base = 1.0 if path[-1].key == 'scale' else 0.0
+        return jnp.asarray(base + scale * rng.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, params)
+
+
+def build(*overrides, arg='tiny'):
+    return models.build(config(*overrides, arg=arg))

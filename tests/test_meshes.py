@@ -1,0 +1,60 @@
+"""The same training on 1 device and on 8, cut by data, fsdp and tensor, with and without micro-batches."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from bert_jax import partition
+from bert_jax.cli import UserError
+
+
+@pytest.fixture(scope='module')
+def results():
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu',
+                        'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+    done = subprocess.run([sys.executable, 'tests/mesh_check.py'], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+MESHES = ('8 data', '2 data x 4 fsdp', '2 data x 2 fsdp x 2 tensor', '1 device, accumulation 4',
+          '8 data, accumulation 4', '2 data x 2 fsdp x 2 tensor, accumulation 4')
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_losses_and_updates_agree_over_ten_steps(results, mesh):
+    np.testing.assert_allclose(results[mesh]['losses'], results['1 device']['losses'], rtol=1e-5)
+    assert results[mesh]['norm_error'] < 1e-5
+
+
+def test_parameters_shrink_as_the_axes_say(results):
+    whole = results['1 device']['per_device']
+    assert results['8 data']['per_device'] == whole
+    for mesh, least, most in (('2 data x 4 fsdp', 0.25, 0.27), ('2 data x 2 fsdp x 2 tensor', 0.25, 0.33)):
+        for part in ('params', 'opt_state'):
+            assert least <= results[mesh]['per_device'][part] / whole[part] < most, (mesh, part)
+
+
+def test_gradients_are_reduced_once_a_step_and_never_inside_the_loop(results):
+    """In pure data-parallel training nothing but gradients is large: not one element crosses in the loop."""
+    inside_outside = results['8 data, accumulation 4']['reductions']
+    plain = results['8 data']['reductions']
+    gradient_elements = results['count']
+    big = lambda sizes: sum(s for s in sizes if s > 64)  # noqa: E731
+    assert not big(inside_outside['inside'])
+    assert big(inside_outside['outside']) == pytest.approx(gradient_elements, rel=0.02)
+    assert big(plain['outside']) + 2 * big(plain['inside']) >= 0.9 * gradient_elements  # layers reduce in their scan
+
+
+def test_make_mesh_says_what_does_not_fit():
+    n = jax.device_count()
+    assert partition.make_mesh((-1, 1, 1)).shape['data'] == n
+    for shape, words in (((3 * n, 1, 1), 'devices'), ((1, 1), 'three sizes'), ((0, 1, 1), 'devices')):
+        with pytest.raises(UserError, match=words):
+            partition.make_mesh(shape)

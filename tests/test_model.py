@@ -1,0 +1,303 @@
+"""The model against Hugging Face on PyTorch, and the contracts of its parts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from models import D, L, P, V, batch, build, config, random_params
+
+from bert_jax.cli import UserError
+from bert_jax.model import model as models
+from bert_jax.model.encoders import ENCODERS, Encoded
+from bert_jax.model.layers import Dropout
+from bert_jax.model.targets import TARGETS
+
+NO_DROPOUT = ('model.embeddings.dropout_rate=0.0',)
+
+
+def hugging_face(params, activation):
+    """BertForPreTraining with our parameters, name by name."""
+    peer = transformers.BertForPreTraining(transformers.BertConfig(
+        vocab_size=V, hidden_size=D, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, hidden_act=activation,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).eval()
+    state = {}
+
+    def put(name, array, transpose=True):
+        state[name] = torch.tensor(np.array(array.T if transpose and array.ndim == 2 else array))
+
+    def dense(name, p, kernel=None, bias=None):
+        put(f'{name}.weight', p['kernel'] if kernel is None else kernel)
+        put(f'{name}.bias', p['bias'] if bias is None else bias)
+
+    def norm(name, p):
+        put(f'{name}.weight', p['scale'])
+        put(f'{name}.bias', p['bias'])
+
+    e = params['embeddings']
+    for ours, theirs in (('token', 'word'), ('position', 'position'), ('segment', 'token_type')):
+        put(f'bert.embeddings.{theirs}_embeddings.weight', e[ours][:V] if ours == 'token' else e[ours], transpose=False)
+    norm('bert.embeddings.LayerNorm', e['norm'])
+    for i in range(2):
+        p, name = jax.tree.map(lambda x: x[i], params['encoder']['layers']), f'bert.encoder.layer.{i}'  # noqa: B023
+        for j, part in enumerate(('query', 'key', 'value')):
+            qkv = p['attention']['qkv']
+            dense(f'{name}.attention.self.{part}', None, qkv['kernel'][:, j].reshape(D, D), qkv['bias'][j].reshape(D))
+        dense(f'{name}.attention.output.dense', None, p['attention']['out']['kernel'].reshape(D, D), p['attention']['out']['bias'])
+        norm(f'{name}.attention.output.LayerNorm', p['attention_norm'])
+        dense(f'{name}.intermediate.dense', p['mlp']['up'])
+        dense(f'{name}.output.dense', p['mlp']['down'])
+        norm(f'{name}.output.LayerNorm', p['mlp_norm'])
+    dense('bert.pooler.dense', params['pooler']['dense'])
+    mlm = params['targets_mlm']
+    dense('cls.predictions.transform.dense', mlm['dense'])
+    norm('cls.predictions.transform.LayerNorm', mlm['norm'])
+    put('cls.predictions.bias', mlm['bias'][:V])
+    dense('cls.seq_relationship', params['targets_nsp']['dense'])
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {
+        'cls.predictions.decoder.weight', 'cls.predictions.decoder.bias', 'bert.embeddings.position_ids'}
+    peer.tie_weights()
+    return peer
+
+
+@pytest.mark.parametrize('activation', ['gelu', 'gelu_new', 'relu'])
+def test_forward_and_backward_equal_hugging_face(activation):
+    model = build(f'model.encoder.activation={activation}', "model.encoder.layer_outputs=('hidden',)", *NO_DROPOUT)
+    example = batch()
+    params = random_params(model, example)
+    peer = hugging_face(params, activation)
+    t = {k: torch.tensor(v).long() for k, v in example.items() if v.dtype == np.int32}
+    out = peer(input_ids=t['input_ids'], attention_mask=t['input_mask'], token_type_ids=t['segment_ids'],
+               output_hidden_states=True)
+
+    real = example['input_mask'] > 0
+    encoded = model.apply({'params': params}, example, train=False, method='encode')
+    for ours, theirs in zip(encoded.layers['hidden'], out.hidden_states, strict=True):
+        np.testing.assert_allclose(np.asarray(ours)[real], theirs.detach().numpy()[real], atol=5e-5)
+    outputs = model.apply({'params': params}, example, train=False)
+    logits = torch.take_along_dim(out.prediction_logits, t['masked_lm_positions'][..., None], 1)
+    np.testing.assert_allclose(outputs['mlm']['logits'][..., :V], logits.detach().numpy(), atol=5e-5)
+    np.testing.assert_allclose(outputs['nsp']['logits'][:, 0], out.seq_relationship_logits.detach().numpy(), atol=5e-5)
+
+    weights = torch.tensor(example['masked_lm_weights'])
+    nll = torch.nn.functional.cross_entropy(logits.reshape(-1, V), t['masked_lm_ids'].reshape(-1), reduction='none')
+    loss = (nll * weights.reshape(-1)).sum() / weights.sum() + torch.nn.functional.cross_entropy(
+        out.seq_relationship_logits, t['next_sentence_labels'][:, 0])
+    loss.backward()
+
+    def ours_loss(params):
+        losses = model.apply({'params': params}, example, train=True, method='losses')
+        return sum(v['loss'].total / v['loss'].count for v in losses.values())
+
+    value, grads = jax.value_and_grad(ours_loss)(params)
+    assert float(value) == pytest.approx(loss.item(), rel=1e-5)
+    layers, bert = grads['encoder']['layers'], peer.bert
+    pairs = [(grads['embeddings']['token'][:V], bert.embeddings.word_embeddings.weight.grad),
+             (grads['embeddings']['norm']['scale'], bert.embeddings.LayerNorm.weight.grad),
+             (grads['pooler']['dense']['kernel'].T, bert.pooler.dense.weight.grad),
+             (grads['targets_mlm']['bias'][:V], peer.cls.predictions.bias.grad)]
+    for i, layer in enumerate(bert.encoder.layer):
+        pairs += [(layers['attention']['qkv']['kernel'][i][:, 0].reshape(D, D).T, layer.attention.self.query.weight.grad),
+                  (layers['attention']['qkv']['bias'][i][2].reshape(D), layer.attention.self.value.bias.grad),
+                  (layers['mlp']['up']['kernel'][i].T, layer.intermediate.dense.weight.grad),
+                  (layers['mlp_norm']['bias'][i], layer.output.LayerNorm.bias.grad)]
+    for ours, theirs in pairs:
+        ours, theirs = np.asarray(ours), theirs.numpy()
+        assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
+def test_padding_of_the_vocabulary_can_never_be_predicted():
+    model, example = build(), batch()
+    params = random_params(model, example, scale=3.0)
+    logits = model.apply({'params': params}, example, train=False)['mlm']['logits']
+    assert logits.shape[-1] == 128 and (np.argmax(logits, -1) < V).all()
+    assert (jax.nn.softmax(logits)[..., V:] == 0).all()
+    grads = jax.grad(lambda p: model.apply({'params': p}, example, train=False, method='losses')['mlm']['loss'].total)(params)
+    assert not grads['targets_mlm']['bias'][V:].any() and not grads['embeddings']['token'][V:].any()
+
+
+def test_padding_and_neighbours_in_a_row_change_nothing():
+    """A row with two examples gives each what it gets alone."""
+    model, example = build("model.encoder.layer_outputs=('hidden',)"), batch()
+    params = random_params(model, example)
+    short = {k: v[:, :6] if v.ndim == 2 and v.shape[1] == L else v for k, v in batch(padded=False).items()}
+    two = {k: np.concatenate([short[k], short[k][::-1]], 1) for k in ('input_ids', 'segment_ids', 'position_ids')}
+    two |= {'input_mask': np.repeat([[1] * 6 + [2] * 6], 8, 0).astype(np.int32),
+            'cls_positions': np.array([[0, 6]] * 8, np.int32)}
+    encode = lambda b: model.apply({'params': params}, b, train=False, method='encode')  # noqa: E731
+    alone, packed = encode(short), encode(two)
+    np.testing.assert_allclose(packed.hidden[:, :6], alone.hidden, atol=1e-5)
+    np.testing.assert_allclose(packed.hidden[:, 6:], alone.hidden[::-1], atol=1e-5)
+    np.testing.assert_allclose(packed.pooled[:, 1], alone.pooled[::-1, 0], atol=1e-5)
+
+
+def test_scanned_and_unrolled_are_the_same_dropout_included():
+    example = batch()
+    results = []
+    for unroll in (1, 2):
+        model = build(f'model.encoder.unroll={unroll}', 'model.embeddings.dropout_rate=0.3')
+        params = random_params(model, example)
+        results.append(jax.jit(lambda p, m=model: m.apply(
+            {'params': p}, example, train=True, rngs={'dropout': jax.random.key(1)}))(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+
+
+@pytest.mark.parametrize('name', ENCODERS)
+def test_the_contract_of_encoders(name):
+    model = build("model.encoder.layer_outputs=('hidden', 'query', 'key', 'value')")
+    encoded = model.apply({'params': random_params(model, batch())}, batch(), train=False, method='encode')
+    assert isinstance(encoded, Encoded) and encoded.hidden.shape == (8, L, D)
+    assert encoded.layers['hidden'].shape == (3, 8, L, D)
+    np.testing.assert_array_equal(encoded.layers['hidden'][-1], encoded.hidden)
+    for part in ('query', 'key', 'value'):
+        assert encoded.layers[part].shape == (2, 8, L, 4, D // 4)
+
+
+@pytest.mark.parametrize('name', TARGETS)
+def test_the_contract_of_targets(name):
+    c = config()
+    kwargs = {'mlm': {'vocab_size': V, 'activation': 'gelu'}, 'nsp': {},
+              'classification': {'num_classes': 3, 'dropout_rate': 0.1}}
+    c.targets = {name: {'weight': 1.0, **kwargs[name]}}
+    model, example = models.build(c), batch()
+    params = random_params(model, example)
+    losses = model.apply({'params': params}, example, train=False, method='losses')[name]
+    counts = model.apply({}, example, method='counts')
+    assert float(losses['loss'].count) == float(counts[name]) > 0
+    halves = [{k: v[s] for k, v in example.items()} for s in (slice(0, 3), slice(3, 8))]  # a loss is a sum and a count
+    parts = [model.apply({'params': params}, half, train=False, method='losses')[name] for half in halves]
+    for term, mean in losses.items():
+        both = parts[0][term] + parts[1][term]
+        np.testing.assert_allclose([both.total, both.count], [mean.total, mean.count], rtol=1e-5)
+    assert ('pooler' in params) == model.targets[name].uses_pooled
+
+
+@pytest.mark.parametrize('shape', [(64, 64), (32, 5, 7, 33)])
+@pytest.mark.parametrize('rate', [0.1, 0.5])
+def test_dropout_rate_and_scale(shape, rate):
+    x = jnp.ones((50, *shape))
+    y = Dropout(rate).apply({}, x, train=True, rngs={'dropout': jax.random.key(0)})
+    assert abs((y == 0).mean() - rate) < 4 * (rate * (1 - rate) / x.size) ** 0.5 + 1e-5
+    np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-4)
+    assert Dropout(rate).apply({}, x, train=False) is x
+    by_column = (y == 0).reshape(-1, shape[-1]).mean(0)       # even and odd halves of a draw alike
+    assert abs(by_column - rate).max() < 0.05
+
+
+def recorded_masks(**rates):
+    """Which entries each dropout site of a training pass put to zero, found by Flax's own interception."""
+    import flax.linen as nn
+
+    overrides = [f'model.{k.replace("__", ".")}={v}' for k, v in rates.items()]
+    model, example = build('model.encoder.unroll=1', 'model.embeddings.dropout_rate=0.0', *overrides), batch(padded=False)
+    params = random_params(model, example)
+    sites = {}
+
+    def record(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if isinstance(context.module, Dropout):
+            jax.debug.callback(lambda a, b, s='/'.join(context.module.path): sites.setdefault(s, []).append(
+                (np.asarray(a), np.asarray(b))), args[0], out)
+        return out
+
+    def run(seed):
+        sites.clear()
+        with nn.intercept_methods(record):
+            model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(seed)}, method='losses')
+        jax.effects_barrier()
+        return dict(sites)
+
+    return run
+
+
+def test_each_dropout_site_has_its_own_rate():
+    sites = recorded_masks(embeddings__dropout_rate=0.1, encoder__dropout_rate=0.3, encoder__attention_dropout_rate=0.5)(0)
+    rates = {name: np.mean([(out == 0).mean() for _, out in calls]) for name, calls in sites.items()}
+    scales = {name: np.nanmedian([np.median((out / into)[out != 0]) for into, out in calls]) for name, calls in sites.items()}
+    expected = {'embeddings/dropout': 0.1, 'encoder/layers/attention/Dropout_0': 0.5,
+                'encoder/layers/Dropout_0': 0.3, 'encoder/layers/Dropout_1': 0.3}
+    assert rates.keys() == expected.keys()
+    for name, rate in expected.items():
+        assert abs(rates[name] - rate) < 0.04, name
+        assert scales[name] == pytest.approx(1 / (1 - rate), rel=1e-3)
+
+
+def test_dropout_masks_differ_by_layer_site_and_step():
+    run = recorded_masks(embeddings__dropout_rate=0.5, encoder__dropout_rate=0.5)
+    one, two = run(0), run(1)
+    masks = [out == 0 for calls in (*one.values(), *two.values()) for _, out in calls]
+    hidden = [m for m in masks if m.shape == (8, L, D)]
+    assert len(hidden) == 2 * (1 + 2 * 2)                     # embeddings, two sites in each of two layers, two steps
+    for i, a in enumerate(hidden):
+        for b in hidden[:i]:
+            assert abs((a == b).mean() - 0.5) < 0.06
+    again = run(0)
+    assert all(np.array_equal(a[1], b[1]) for k in one for a, b in zip(one[k], again[k]))
+
+
+def test_a_classifier_drops_its_pooled_vector():
+    c = config('model.embeddings.dropout_rate=0.0')
+    c.targets = {'classification': {'num_classes': 3, 'dropout_rate': 0.5, 'weight': 1.0}}
+    model, example = models.build(c), batch()
+    params = random_params(model, example)
+    a, b = (model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(s)})['classification']['logits']
+            for s in (0, 1))
+    assert not np.allclose(a, b)
+
+
+def test_bf16_computes_in_bf16_over_fp32_weights():
+    model, exact, example = build(arg='tiny,bf16'), build(), batch()
+    params = random_params(model, example)
+    encoded = model.apply({'params': params}, example, train=False, method='encode')
+    assert encoded.hidden.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+    ours = model.apply({'params': params}, example, train=False)['mlm']['logits']
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours[..., :V], exact.apply({'params': params}, example, train=False)['mlm']['logits'][..., :V], atol=0.3)
+
+
+def test_no_buffer_of_all_positions_times_the_vocabulary():
+    model, example = build(), batch()
+    params = random_params(model, example)
+    text = jax.jit(lambda p, b: model.apply({'params': p}, b, train=False)).lower(params, example).as_text()
+    assert f'8x{P}x128xf32' in text and f'8x{L}x128xf32' not in text
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'encoder.name': 'transfomer'}, ("Unknown encoder 'transfomer'", 'known: transformer')),
+    ({'encoder.num_layer': 3}, ("Unknown encoder transformer key 'num_layer'", 'num_layers')),
+    ({'encoder.activation': 'gelu_fast'}, ("Unknown activation 'gelu_fast'", 'gelu_new')),
+    ({'encoder.num_heads': 5}, ('hidden_size 32 is not a multiple of num_heads 5',)),
+    ({'targets.mlmm': {'weight': 1.0}}, ("Unknown target 'mlmm'", 'mlm')),
+])
+def test_bad_configs_name_the_choices(change, words):
+    c = config()
+    with c.unlocked():
+        for key, value in change.items():
+            part, name = key.split('.')
+            c[part][name] = value
+    with pytest.raises(UserError) as error:
+        models.build(c)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_initialisation_is_the_papers():
+    model = build('model.embeddings.hidden_size=128', 'model.encoder.mlp_size=512')
+    params = model.init(jax.random.key(0), batch(), train=False)['params']
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path[-1].key
+        if name == 'bias':
+            assert not leaf.any()
+        elif name == 'scale':
+            assert (leaf == 1).all()
+        else:
+            assert abs(leaf).max() <= 0.04, path               # cut at two standard deviations of 0.02,
+            assert leaf.size < 1000 or abs(leaf.std() - 0.0176) < 0.001, path  # which leaves this one
+
+
+def test_modules_are_plain_dataclasses():
+    assert {f.name for f in dataclasses.fields(ENCODERS['transformer'])} >= {'num_layers', 'num_heads', 'attention_dropout_rate'}
