@@ -44,12 +44,9 @@ def test_parameters_shrink_as_the_axes_say(results):
 def test_gradients_are_reduced_once_a_step_and_never_inside_the_loop(results):
     """In pure data-parallel training nothing but gradients is large: not one element crosses in the loop."""
     inside_outside = results['8 data, accumulation 4']['reductions']
-    plain = results['8 data']['reductions']
     gradient_elements = results['count']
-    big = lambda sizes: sum(s for s in sizes if s > 64)  # noqa: E731
-    assert not big(inside_outside['inside'])
-    assert big(inside_outside['outside']) == pytest.approx(gradient_elements, rel=0.02)
-    assert big(plain['outside']) + 2 * big(plain['inside']) >= 0.9 * gradient_elements  # layers reduce in their scan
+    assert not inside_outside['inside']
+    assert gradient_elements <= sum(inside_outside['outside']) < gradient_elements + 100  # and a few counts
 
 
 def test_make_mesh_says_what_does_not_fit():

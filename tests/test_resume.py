@@ -1,0 +1,165 @@
+"""Runs really killed, started again, end bit-identical to one that was never stopped. Dropout is on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, expect_error, run_module
+
+from bert_jax import checkpoint, workdir
+
+ENV = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+
+
+def command(store_path, work, *overrides):
+    return ['--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', str(work), *TINY, *overrides]
+
+
+def kill_when(args, condition):
+    """Starts the run and sends SIGKILL as soon as `condition` holds."""
+    process = subprocess.Popen([sys.executable, '-m', 'bert_jax.pretrain', *args], cwd=ROOT, env=ENV,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, 'the run ended before it could be killed'
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def final(work):
+    params, step = checkpoint.load_params(work)
+    return params, step, (work / 'log.jsonl').read_bytes()
+
+
+def assert_same(work, reference):
+    (a, step_a, log_a), (b, step_b, log_b) = final(work), final(reference)
+    assert step_a == step_b == 10 and log_a == log_b
+
+    def walk(x, y, path=''):
+        if isinstance(x, dict):
+            assert x.keys() == y.keys()
+            for key in x:
+                walk(x[key], y[key], f'{path}/{key}')
+        else:
+            np.testing.assert_array_equal(x, y, err_msg=path)
+
+    walk(a, b)
+    rest_a, rest_b = (checkpoint.Checkpoints(w / 'checkpoints').restore(10, 'rest') for w in (work, reference))
+    walk(rest_a['opt_state'][1], rest_b['opt_state'][1])
+
+
+def log_steps(work):
+    file = work / 'log.jsonl'
+    return [json.loads(line)['step'] for line in file.read_text().splitlines() if line.endswith('}')] if file.exists() else []
+
+
+def manifest(work, step):
+    return (work / 'checkpoints' / f'{step:08d}' / 'manifest.json').exists()
+
+
+def test_killed_in_each_phase_and_during_a_save(store_path, pretrained, tmp_path):
+    work = tmp_path / 'killed'
+    args = command(store_path, work)
+    kill_when(args, lambda: manifest(work, 2) and 4 in log_steps(work))        # phase 1
+    assert max(checkpoint.Checkpoints(work / 'checkpoints').steps()) < 10
+    kill_when(args, lambda: any((work / 'checkpoints').glob('*6*')) and not manifest(work, 6))  # while saving step 6
+    kill_when(args, lambda: manifest(work, 8))                                 # phase 2
+    result = run_module('pretrain', *args)
+    assert result.returncode == 0, result.stderr
+    assert 'resuming at step' in result.stdout
+    assert_same(work, pretrained)
+    again = run_module('pretrain', *args)                                      # a finished run is left as it is
+    assert again.returncode == 0 and 'resuming at step 10 of 10' in again.stdout
+    assert_same(work, pretrained)
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(store_path, pretrained, tmp_path):
+    work = tmp_path / 'damaged'
+    subprocess.run(['cp', '-r', pretrained, work], check=True)
+    victim = max((work / 'checkpoints' / '00000010' / 'params').rglob('*'), key=lambda p: p.stat().st_size * p.is_file())
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 16
+    victim.write_bytes(content)
+    result = run_module('pretrain', *command(store_path, work))
+    assert result.returncode == 0, result.stderr
+    assert 'checkpoint 10' in result.stdout and 'is damaged' in result.stdout and 'resuming at step 8' in result.stdout
+    assert_same(work, pretrained)
+
+
+def test_the_workdir_tells_the_whole_story(pretrained):
+    names = {p.name for p in pretrained.iterdir()}
+    assert names >= {'config.json', 'environment.json', 'tokenizer', 'checkpoints', 'log.jsonl', 'rates.jsonl',
+                     'tensorboard', 'results.json', 'curves.png'}
+    environment = json.loads((pretrained / 'environment.json').read_text())
+    assert environment['packages']['jax'] and '--workdir' in environment['command']
+    records = [json.loads(line) for line in (pretrained / 'log.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in records if 'loss' in r] == [2, 4, 6, 8, 10]
+    results = json.loads((pretrained / 'results.json').read_text())
+    assert results.keys() >= {'held_out/mlm/loss', 'held_out/mlm/unigram_loss', 'held_out/nsp/accuracy'}
+    assert workdir.read_config(str(pretrained)).model.embeddings.vocab_size == 1003
+    assert (pretrained / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    assert sorted(p.name for p in (pretrained / 'checkpoints').iterdir()) == ['00000006', '00000008', '00000010']
+
+
+def test_another_config_in_the_same_workdir_is_refused_and_the_keys_named(store_path, pretrained):
+    result = run_module('pretrain', *command(store_path, pretrained, '--config.seed=7', '--config.schedule.warmup_steps=3'))
+    expect_error(result, 'seed (0 there, 7 now)', 'schedule.warmup_steps (2 there, 3 now)')
+
+
+def test_evaluation_does_not_depend_on_the_seed(store_path, pretrained, tmp_path):
+    """Held-out masks are the same in every run: so is the unigram model's score on them."""
+    work = tmp_path / 'other'
+    result = run_module('pretrain', *command(store_path, work, '--config.seed=1', '--config.phases=((2,64,8),(2,96,8))'))
+    assert result.returncode == 0, result.stderr
+    one, other = (json.loads((w / 'results.json').read_text()) for w in (work, pretrained))
+    assert one['held_out/mlm/unigram_loss'] == other['held_out/mlm/unigram_loss']
+    assert one['held_out/mlm/loss'] != other['held_out/mlm/loss']
+
+
+@pytest.mark.parametrize('option', ['tiny', 'tiny,no_nsp'])
+def test_continued_pretraining_on_other_text_with_or_without_nsp(store_path, pretrained, tmp_path, option):
+    work = tmp_path / 'continued'
+    args = command(store_path, work, f'--config.init_from={pretrained}', '--config.phases=((2,64,8),)', '--config.seed=3')
+    args[1] = f'configs/pretrain.py:{option}'
+    result = run_module('pretrain', *args)
+    assert result.returncode == 0, result.stderr
+    left = 'warm start, left behind: pooler, targets_nsp'
+    assert (left in result.stdout) == ('no_nsp' in option) and 'fresh' not in result.stdout
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(store_path, tmp_path):
+    work = tmp_path / 'nan'
+    args = command(store_path, work, '--config.schedule.peak=1e30', '--config.optimizer.clip_norm=0.0')
+    result = run_module('pretrain', *args)
+    expect_error(result, 'not finite at step', 'batch number', 'checkpoint')
+    steps = checkpoint.Checkpoints(work / 'checkpoints').steps()
+    assert all(np.isfinite(x).all() for s in steps for x in
+               np.array([np.abs(v).max() for v in checkpoint.Checkpoints(work / 'checkpoints').restore(s, 'params')['encoder']['layers']['mlp']['up'].values()]))
+
+
+@pytest.mark.parametrize('override, words', [
+    ('--config.phases=((6,600,8),)', ('max_length 600', 'position table', '128')),
+    ('--config.phases=((6,64,7),)', ('batch_size 7', 'not divisible', '2 micro-batches')),
+    ('--config.optimizer.name=adam', ("Unknown optimizer 'adam'", 'adamw')),
+    ('--config.masking=words', ("Unknown masking 'words'", 'whole_word')),
+    ('--config.pairing=single', ('nsp', 'no_nsp')),
+    ('--config.save_every=3', ('save_every 3', 'log_every 2')),
+    ('--config.mesh=(3,1,1)', ('needs 3 devices',)),
+    ('--config.store=nowhere', ('nowhere', 'no finished store')),
+    ('--config.init_from=nowhere', ('nowhere', 'not a workdir')),
+    ('--config.model.embeddings.vocab_size=999', ('vocab_size 999', '1003 in the tokenizer')),
+    ('--config.schedule.peek=1', ("Unknown config key 'schedule.peek'", 'schedule.peak')),
+    ('--config.accumulation=x', ('accumulation',)),
+])
+def test_what_cannot_run_is_refused_in_one_line(store_path, tmp_path, override, words):
+    extra = ['--config.accumulation=2'] if 'phases=((6,64,7)' in override else []
+    result = run_module('pretrain', *command(store_path, tmp_path / 'work', *extra, override))
+    expect_error(result, *words)
+    assert not (tmp_path / 'work' / 'checkpoints').exists()
