@@ -28,7 +28,7 @@ from bert_jax import (
     workdir,
 )
 from bert_jax.cli import UserError, choose
-from bert_jax.data import batches, examples, store
+from bert_jax.data import batches, examples, masking, store
 from bert_jax.model import model as models
 
 
@@ -134,6 +134,8 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
                             f'(model.embeddings.max_length = {positions}).')
         examples.check_batch_size(size, partition.data_devices(mesh), config.accumulation)
     examples.check_batch_size(config.eval_batch_size, partition.data_devices(mesh), 1)
+    choose('pipeline', batches.STREAMS, config.pipeline)
+    choose('masking', masking.MASKINGS, config.masking)
     for key in ('save_every', 'eval_every'):
         if config[key] % config.log_every:
             raise UserError(f'{key} {config[key]} is not a multiple of log_every {config.log_every}.')

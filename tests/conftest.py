@@ -5,6 +5,7 @@ import pathlib
 import pydoc_data.topics
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -12,6 +13,11 @@ import bert_jax  # noqa: F401 - first: it sets the flags that JAX's backend open
 
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+os.environ['JAX_PLATFORMS'] = 'cpu'
+# The same few programs are compiled by many short processes here: compile each once.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(tempfile.gettempdir()) / 'bert_jax_tests_xla')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES'] = 'none'
 
 
 def write_corpus(path: pathlib.Path, topics: int = 90) -> pathlib.Path:
@@ -28,7 +34,7 @@ def run_module(name: str, *args: str, env: dict | None = None, **kwargs) -> subp
     """Runs `python -m bert_jax.NAME` as a user would."""
     return subprocess.run(
         [sys.executable, '-m', f'bert_jax.{name}', *map(str, args)], cwd=ROOT, text=True, capture_output=True,
-        env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'} | (env or {}), timeout=600, **kwargs)
+        env=os.environ | {'PYTHONPATH': str(ROOT)} | (env or {}), timeout=600, **kwargs)
 
 
 def expect_error(result: subprocess.CompletedProcess, *words: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, expect_error, run_module
 
-from bert_jax import checkpoint, workdir
+from bert_jax import checkpoint, cli, pretrain, workdir
 
 ENV = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
 
@@ -145,21 +145,33 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(sto
 
 
 @pytest.mark.parametrize('override, words', [
-    ('--config.phases=((6,600,8),)', ('max_length 600', 'position table', '128')),
-    ('--config.phases=((6,64,7),)', ('batch_size 7', 'not divisible', '2 micro-batches')),
-    ('--config.optimizer.name=adam', ("Unknown optimizer 'adam'", 'adamw')),
-    ('--config.masking=words', ("Unknown masking 'words'", 'whole_word')),
-    ('--config.pairing=single', ('nsp', 'no_nsp')),
-    ('--config.save_every=3', ('save_every 3', 'log_every 2')),
-    ('--config.mesh=(3,1,1)', ('needs 3 devices',)),
-    ('--config.store=nowhere', ('nowhere', 'no finished store')),
-    ('--config.init_from=nowhere', ('nowhere', 'not a workdir')),
-    ('--config.model.embeddings.vocab_size=999', ('vocab_size 999', '1003 in the tokenizer')),
-    ('--config.schedule.peek=1', ("Unknown config key 'schedule.peek'", 'schedule.peak')),
-    ('--config.accumulation=x', ('accumulation',)),
+    ('phases=((6,600,8),)', ('max_length 600', 'position table', '128')),
+    ('phases=((6,64,7),)', ('batch_size', 'of 7 is not divisible')),
+    ('eval_batch_size=0', ('eval_batch_size',)),
+    ('optimizer.name=adam', ("Unknown optimizer 'adam'", 'adamw')),
+    ('masking=words', ("Unknown masking 'words'", 'whole_word')),
+    ('pipeline=tfds', ("Unknown pipeline 'tfds'", 'thread')),
+    ('pairing=single', ('nsp', 'no_nsp')),
+    ('save_every=3', ('save_every 3', 'log_every 2')),
+    ('mesh=(3,1,1)', ('needs 3 devices',)),
+    ('store=nowhere', ('nowhere', 'no finished store')),
+    ('init_from=nowhere', ('nowhere', 'not a workdir')),
+    ('model.embeddings.vocab_size=999', ('vocab_size 999', '1003 in the tokenizer')),
+    ('schedule.peek=1', ("Unknown config key 'schedule.peek'", 'schedule.peak')),
+    ('accumulation=x', ('accumulation',)),
 ])
-def test_what_cannot_run_is_refused_in_one_line(store_path, tmp_path, override, words):
-    extra = ['--config.accumulation=2'] if 'phases=((6,64,7)' in override else []
-    result = run_module('pretrain', *command(store_path, tmp_path / 'work', *extra, override))
-    expect_error(result, *words)
+def test_what_cannot_run_is_refused(store_path, tmp_path, override, words):
+    extra = ['--config.accumulation=2'] if '((6,64,7)' in override else []
+    with pytest.raises(cli.UserError) as error:
+        config = cli.load_config('configs/pretrain.py:tiny',
+                                 [f'--config.store={store_path}', *TINY, *extra, f'--config.{override}'])
+        pretrain.pretrain(config, str(tmp_path / 'work'))
+    assert all(word in str(error.value) for word in words), error.value
     assert not (tmp_path / 'work' / 'checkpoints').exists()
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(store_path, tmp_path):
+    expect_error(run_module('pretrain', *command(store_path, tmp_path / 'work', '--config.sed=1')),
+                 "Unknown config key 'sed'", 'seed')
+    expect_error(run_module('pretrain', '--config', 'configs/pretrain.py:huge', '--workdir', tmp_path / 'work'), 'huge', 'large')
+    expect_error(run_module('pretrain', '--config', 'configs/none.py', '--workdir', tmp_path / 'work'), 'configs/none.py')

@@ -124,7 +124,8 @@ def _until(split: Split, first: np.ndarray, wanted: np.ndarray, end: np.ndarray)
 
 
 def make_rows(starts: np.ndarray, a_first: np.ndarray, a_stop: np.ndarray, b_first: np.ndarray,
-          b_stop: np.ndarray, label: np.ndarray, sentences: np.ndarray) -> np.ndarray:
+              b_stop: np.ndarray, label: np.ndarray, sentences: np.ndarray) -> np.ndarray:
+    """Examples from sentences: A is [a_first, a_stop), B is [b_first, b_stop); not truncated yet."""
     rows = np.empty(len(a_first), _UNTRUNCATED)
     rows['first'], rows['label'], rows['sentences'] = a_first, label, np.minimum(sentences, 0xFFFF)
     rows['a_start'], rows['b_start'] = starts[a_first], starts[b_first]

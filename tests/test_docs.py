@@ -1,0 +1,100 @@
+"""What the documentation says is run here."""
+
+import json
+import pathlib
+import re
+
+import pytest
+from conftest import ROOT, TINY, run_module
+
+ENTRY_POINTS = ('vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report')
+
+
+def blocks(path, language):
+    return re.findall(rf'```{language}\n(.*?)```', path.read_text(), re.DOTALL)
+
+
+def test_a_new_target_from_the_data_side_to_the_config(store_path, tmp_path):
+    """The page's own code, then the pre-training it promises."""
+    script = '\n'.join(blocks(ROOT / 'docs/new_target.md', 'python')) + f'''
+import sys
+from bert_jax import pretrain
+
+overrides = {TINY!r}
+with config.unlocked():
+    config.update_from_flattened_dict({{}})
+for override in overrides:
+    key, value = override.removeprefix('--config.').split('=')
+    *path, last = key.split('.')
+    node = config
+    for part in path:
+        node = node[part]
+    node[last] = type(node[last])(eval(value)) if key != 'pipeline' else value
+config.store = {str(store_path)!r}
+pretrain.pretrain(config, {str(tmp_path / "work")!r})
+'''
+    (tmp_path / 'page.py').write_text(script)
+    import os
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, tmp_path / 'page.py'], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / 'work' / 'results.json').read_text())
+    assert {'held_out/sop/loss', 'held_out/sop/accuracy', 'held_out/mlm/loss'} <= results.keys()
+
+
+@pytest.mark.parametrize('name', ENTRY_POINTS)
+def test_help_explains_itself_with_an_example(name):
+    done = run_module(name, '--help')
+    assert done.returncode == 0
+    assert f'python -m bert_jax.{name}' in done.stdout.partition('\n\n')[2]
+
+
+def test_readme_names_every_file_once_and_no_other():
+    text = (ROOT / 'README.md').read_text()
+    map_ = text[text.index('## The map'):]
+    named = set(re.findall(r'\b([a-z_]+\.py)\b', map_))
+    there = {p.name for p in (ROOT / 'bert_jax').rglob('*.py')} - {'__init__.py'}
+    assert there <= named, there - named
+    config_files = {p.name for p in (ROOT / 'configs').glob('*.py')} | {p.name for p in (ROOT / 'benchmarks').glob('*.py')}
+    assert named - there <= config_files | {'__init__.py'}, named - there
+
+
+def test_readme_commands_name_modules_configs_and_keys_that_exist():
+    from bert_jax import cli
+
+    commands = [' '.join(line.replace('\\\n', ' ').split()) for block in blocks(ROOT / 'README.md', 'bash')
+                for line in re.sub(r'\\\n', ' ', block).split('\n') if 'python -m bert_jax' in line]
+    assert len(commands) >= 5
+    for command in commands:
+        module = re.search(r'-m bert_jax\.([\w.]+)', command).group(1)
+        assert (ROOT / 'bert_jax' / (module.replace('.', '/') + '.py')).exists(), command
+        config = re.search(r'--config (\S+)', command)
+        if config:
+            overrides = re.findall(r'(--config\.\S+)', command)
+            known = [o.split('=')[0] for o in overrides]
+            loaded = cli.load_config(str(ROOT / config.group(1)), [])
+            for key in known:
+                node = loaded
+                for part in key.removeprefix('--config.').split('.'):
+                    assert part in node, (command, key)
+                    node = node[part]
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]:
+        for target in re.findall(r'\]\((?!http)([^)#]+)', page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_configs_say_what_they_are_and_load():
+    from bert_jax import cli
+
+    for path in sorted((ROOT / 'configs').glob('*.py')):
+        assert '--config configs/' in path.read_text(), path
+    for arg in ('tiny', 'mini', 'small', 'medium', 'base', 'large', 'base,no_nsp', 'large,whole_word,bf16'):
+        config = cli.load_config(str(ROOT / 'configs/pretrain.py') + ':' + arg, ['--config.seed=3'])
+        assert config.seed == 3 and config.model.encoder.mlp_size == 4 * config.model.embeddings.hidden_size
+    assert pathlib.Path(ROOT / 'LICENSE').read_text().strip().startswith('Apache License')
