@@ -98,6 +98,9 @@ def prepare(inputs: Iterable[str], tokenizer_path: str, output: str, reader: cor
         totals = writer.finish()
     except OSError as error:
         raise store.disk_error(path, error) from error
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(f'{path}: a worker process died (out of memory?); the same command goes on from here, '
+                        'with fewer --workers if need be.') from error
     result = store.load(path)
     _print_summary(path, totals, text_bytes, time.monotonic() - started, result)
     return result

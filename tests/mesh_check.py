@@ -66,6 +66,34 @@ def reductions(text):
     return {'inside': inside, 'outside': outside}
 
 
+def dropout_rows():
+    """Loss of each of 32 equal rows under dropout, on 8 devices, whole and in micro-batches, in two steps."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), partition.AXES)
+    model = models.build('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1')
+    one = {k: np.repeat(v[:1], 32, 0) for k, v in global_batch(0).items()}
+    params = models.random_params(model, one)
+    found = {}
+
+    def gradient(params, batch, rng):
+        outputs = model.apply({'params': params}, batch, train=True, rngs={'dropout': rng})
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), outputs['nsp']['logits'][:, 0, 0])
+        return params, {}
+
+    for accumulation in (1, 4):
+        seen = []
+        for step in (0, 1):
+            rng = jax.random.fold_in(jax.random.key(0), step)
+            batch = batches.place(one, partition.batch_sharding(mesh))
+            if accumulation == 1:
+                jax.jit(gradient)(params, batch, rng)
+            else:
+                jax.jit(lambda p, b, r: train._accumulate(gradient, p, b, r, mesh, accumulation))(params, batch, rng)
+            jax.effects_barrier()
+        values = np.concatenate([np.ravel(x) for x in seen])
+        found[str(accumulation)] = [len(values), len(np.unique(values))]
+    return found
+
+
 CASES = {'1 device': ((1, 1, 1), 1), '8 data': ((8, 1, 1), 1), '2 data x 4 fsdp': ((2, 4, 1), 1),
          '2 data x 2 fsdp x 2 tensor': ((2, 2, 2), 1), '1 device, accumulation 4': ((1, 1, 1), 4),
          '8 data, accumulation 4': ((8, 1, 1), 4), '2 data x 2 fsdp x 2 tensor, accumulation 4': ((2, 2, 2), 4)}
@@ -79,7 +107,7 @@ def main():
         result['norm_error'] = float(np.linalg.norm(result['params'] - reference['params']) / np.linalg.norm(reference['params']))
     for result in results.values():
         del result['params']
-    print(json.dumps(results | {'count': int(sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(
+    print(json.dumps(results | {'dropout_rows': dropout_rows(), 'count': int(sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(
         lambda: models.build().init(jax.random.key(0), jax.tree.map(jnp.asarray, global_batch(0)), train=False)))) or 0)}))
 
 
