@@ -43,9 +43,10 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
     """
     if not config.init_from:
         raise UserError('--config.init_from=W0 is missing: the workdir of a pre-trained model.')
+    source = workdir.read_config(config.init_from).model
     tokenizer = tokenizers.load(config.init_from)
     task = choose('task', tasks.TASKS, config.task.name)(**{k: v for k, v in config.task.items() if k != 'name'})
-    describe_model(config, len(task.labels))
+    describe_model(config, source, len(task.labels))
     mesh = partition.make_mesh(config.mesh)
     examples.check_batch_size(config.batch_size, partition.data_devices(mesh), config.accumulation)
     encoded = {split: tasks.encode(rows, task.labels, tokenizer, config.max_length)
@@ -77,9 +78,8 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
     return results
 
 
-def describe_model(config: ConfigDict, num_classes: int) -> None:
+def describe_model(config: ConfigDict, source: ConfigDict, num_classes: int) -> None:
     """Fills in config.model: the checkpoint's embeddings and encoder, this run's dropout, a classifier."""
-    source = workdir.read_config(config.init_from).model
     with config.unlocked():
         config.model = ConfigDict({
             'embeddings': source.embeddings, 'encoder': source.encoder, 'dtype': config.dtype,

@@ -69,11 +69,13 @@ def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model:
     counts = model.apply({}, batch, method='counts')
     rng = jax.random.fold_in(rng, state.step)
 
-    def objective(params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def weighted(losses: dict[str, dict[str, Mean]]) -> jax.Array:
+        return sum(hyper['weights'][name] * terms['loss'].total / jnp.maximum(counts[name], 1)
+                   for name, terms in losses.items())
+
+    def objective(params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, dict[str, Mean]]]:
         losses = model.apply({'params': params}, batch, train=True, rngs={'dropout': rng}, method='losses')
-        total = sum(hyper['weights'][name] * terms['loss'].total / jnp.maximum(counts[name], 1)
-                    for name, terms in losses.items())
-        return total, losses
+        return weighted(losses), losses
 
     gradient = jax.grad(objective, has_aux=True)
     if accumulation == 1:
@@ -84,10 +86,9 @@ def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model:
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - hyper['learning_rate'] * u, state.params, updates)
     metrics = {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
-    total = sum(hyper['weights'][name] * terms['loss'].total / jnp.maximum(counts[name], 1)
-                for name, terms in losses.items())
-    metrics['loss'] = Mean(total, jnp.ones(()))
-    metrics |= _contents(batch) | {'gradient_norm': Mean(optax.global_norm(grads), jnp.ones(()))}
+    one = jnp.ones(())
+    metrics |= {'loss': Mean(weighted(losses), one), 'gradient_norm': Mean(optax.global_norm(grads), one)}
+    metrics |= _contents(batch)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -124,8 +125,7 @@ def _contents(batch: Batch) -> dict[str, Mean]:
     tokens = jnp.sum(batch['input_mask'] > 0, axis=1, dtype=jnp.float32)
     rows = jnp.ones_like(tokens)
     contents = {'tokens': Mean.of(tokens, rows), 'squared_tokens': Mean.of(tokens**2, rows),
-            'padding': Mean(jnp.sum(batch['input_mask'] == 0, dtype=jnp.float32),
-                            jnp.float32(batch['input_mask'].size))}
+                'padding': Mean.of(1 - tokens / batch['input_mask'].shape[1], rows)}
     if 'masked_lm_weights' in batch:
         contents['predictions'] = Mean.of(batch['masked_lm_weights'].sum(1), rows)
     return contents

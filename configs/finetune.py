@@ -34,7 +34,6 @@ def get_config(task='classification'):
     c.schedule = ConfigDict({'peak': 5e-5, 'warmup_share': 0.1})
     c.accumulation = 1
     c.mesh = (-1, 1, 1)
-    c.pipeline = 'tf'
     c.best = 'dev/accuracy'         # the score whose best checkpoint is kept and used
     c.evals_per_epoch = 1
     c.log_every = 50

@@ -23,8 +23,7 @@ done
 . launch/environment.sh
 environment requirements.txt
 mkdir -p "$run"
-exec 3>&1
-stage() { printf '\n== %s\n' "$*" >&3; }
+stage() { printf '\n== %s\n' "$*"; }
 finished() { [ -e "$1" ] && echo "already there: $1"; }
 
 stage "1. a vocabulary of 4,096 pieces"

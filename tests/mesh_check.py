@@ -1,5 +1,6 @@
 """Runs in a process with 8 virtual devices: the same ten steps on several meshes; prints JSON."""
 
+import functools
 import json
 import re
 import sys
@@ -87,7 +88,8 @@ def dropout_rows():
             if accumulation == 1:
                 jax.jit(gradient)(params, batch, rng)
             else:
-                jax.jit(lambda p, b, r: train._accumulate(gradient, p, b, r, mesh, accumulation))(params, batch, rng)
+                accumulate = functools.partial(train._accumulate, gradient, mesh=mesh, accumulation=accumulation)
+                jax.jit(accumulate)(params, batch, rng)
             jax.effects_barrier()
         values = np.concatenate([np.ravel(x) for x in seen])
         found[str(accumulation)] = [len(values), len(np.unique(values))]
