@@ -5,7 +5,7 @@ environment() {
   if [ ! -e "$stamp" ]; then
     echo "Installing $requirements into .venv (once; a few minutes) ..."
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" 2> >(grep -v '^WARNING: Location' >&2)
     touch "$stamp"
   fi
   PATH=$PWD/.venv/bin:$PATH
