@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job in one command: raw text to a pre-trained, fine-tuned BERT, in about ten minutes on two cores.
+# The main job in one command: raw text to a pre-trained, fine-tuned BERT.
 #
 #   bash launch/quickstart.sh                       on the docstrings that every Python carries
 #   bash launch/quickstart.sh --corpus 'my/*.txt'   on your own text (one sentence a line, blank line between documents)

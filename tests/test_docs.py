@@ -21,8 +21,6 @@ import sys
 from bert_jax import pretrain
 
 overrides = {TINY!r}
-with config.unlocked():
-    config.update_from_flattened_dict({{}})
 for override in overrides:
     key, value = override.removeprefix('--config.').split('=')
     *path, last = key.split('.')

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -225,8 +224,3 @@ def _load_sentencepiece(path: epath.Path) -> Tokenizer:
         raise UserError(f'{path}: not a SentencePiece model ({error}).') from error
     pieces = [backend.id_to_piece(i) for i in range(len(backend))]
     return Tokenizer('sentencepiece', pieces, backend, {'tokenizer.model': content}, str(path))
-
-
-def copy(source: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Copies a store's or workdir's tokenizer files."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
