@@ -2,13 +2,12 @@
 
     python benchmarks/train_step.py --size base --length 128 --batch_size 16 --steps 5
 
-Each side runs in a process of its own, in turn, with the same sizes, dropout 0.1 everywhere, fp32, the erf GELU,
-AdamW, and all cores. Peers: BertForPreTraining (SDPA) as it comes, which computes logits at every position, and the
+Each side is a process of its own with the same sizes, dropout 0.1 everywhere, fp32, the erf GELU, AdamW, and all
+cores. They take their steps in turn, one at a time, so that a slow minute of the machine meets all of them. Peers: BertForPreTraining (SDPA) as it comes, which computes logits at every position, and the
 same with its head cut down to the masked positions. Prints medians, ranges and ratios.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import platform
@@ -31,14 +30,21 @@ def main():
     parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps({'bert_jax': ours, 'hugging_face': peer, 'hugging_face_masked': peer}[args.side](args)))
+        serve(ours(args) if args.side == 'bert_jax' else peer(args))
         return
-    results = {}
-    for side in SIDES:
-        command = [sys.executable, __file__, '--side', side, *sys.argv[1:]]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
-                              env=os.environ | {'PYTHONPATH': str(ROOT)})
-        results[side] = json.loads(done.stdout.splitlines()[-1])
+    sides = {side: subprocess.Popen([sys.executable, __file__, '--side', side, *sys.argv[1:]], cwd=ROOT, text=True,
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    env=os.environ | {'PYTHONPATH': str(ROOT)}) for side in SIDES}
+    results = {side: [] for side in SIDES}
+    for number in range(args.steps + 2):
+        for side, process in sides.items():
+            process.stdin.write('step\n')
+            process.stdin.flush()
+            seconds = float(process.stdout.readline())
+            if number > 1:  # the first two compile and warm up
+                results[side].append(seconds)
+    for process in sides.values():
+        process.communicate()
     report(args, results)
 
 
@@ -70,13 +76,12 @@ def example(args, vocab_size=30522):
         'next_sentence_weights': np.ones((args.batch_size, 1), np.float32)}
 
 
-def timed(step, count):
-    times = []
-    for _ in range(count + 2):
+def serve(step):
+    """Takes a step for each line of standard input and prints its seconds."""
+    for _ in sys.stdin:
         start = time.perf_counter()
         step()
-        times.append(time.perf_counter() - start)
-    return times[2:]
+        print(time.perf_counter() - start, flush=True)
 
 
 def ours(args):
@@ -98,7 +103,7 @@ def ours(args):
         state, metrics = step(state, batch, hyper)
         jax.block_until_ready((state, metrics))
 
-    return timed(run, args.steps)
+    return run
 
 
 def peer(args):
@@ -138,7 +143,7 @@ def peer(args):
         adam.step()
         adam.zero_grad()
 
-    return timed(run, args.steps)
+    return run
 
 
 if __name__ == '__main__':

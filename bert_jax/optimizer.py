@@ -71,7 +71,15 @@ def _adam(b1: float, b2: float, eps: float, bias_correction: bool) -> optax.Grad
 
 
 def _clip(norm: float) -> optax.GradientTransformation:
-    return optax.clip_by_global_norm(norm) if norm else optax.identity()
+    """Clipping by global norm, as one factor that fuses into what reads the gradients."""
+    if not norm:
+        return optax.identity()
+
+    def scale(grads: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        factor = jnp.minimum(1, norm / optax.global_norm(grads))
+        return jax.tree.map(lambda g: g * factor, grads)
+
+    return optax.stateless(scale)
 
 
 def _decay(weight_decay: float) -> optax.GradientTransformation:

@@ -23,7 +23,7 @@ BATCH = ('data', 'fsdp')
 LOGICAL_RULES = (  # activations: what the modules name -> mesh axes
     ('batch', BATCH), ('length', None), ('hidden', None), ('predictions', None), ('vocab', 'tensor'))
 TENSOR_RULES = (  # parameters: path -> the dimension that `tensor` splits, from the end
-    (r'attention/qkv/(kernel|bias)$', -2),  # [N, D, 3, H, K]: heads
+    (r'attention/qkv/(kernel|bias)$', -3),  # [N, D, H, 3, K]: heads
     (r'attention/out/kernel$', -3),         # [N, H, K, D]: heads
     (r'mlp/up/(kernel|bias)$', -1),         # [N, D, F]
     (r'mlp/down/kernel$', -2),              # [N, F, D]

@@ -45,7 +45,7 @@ def hugging_face(params, activation):
         p, name = jax.tree.map(lambda x: x[i], params['encoder']['layers']), f'bert.encoder.layer.{i}'  # noqa: B023
         for j, part in enumerate(('query', 'key', 'value')):
             qkv = p['attention']['qkv']
-            dense(f'{name}.attention.self.{part}', None, qkv['kernel'][:, j].reshape(D, D), qkv['bias'][j].reshape(D))
+            dense(f'{name}.attention.self.{part}', None, qkv['kernel'][:, :, j].reshape(D, D), qkv['bias'][:, j].reshape(D))
         dense(f'{name}.attention.output.dense', None, p['attention']['out']['kernel'].reshape(D, D), p['attention']['out']['bias'])
         norm(f'{name}.attention.output.LayerNorm', p['attention_norm'])
         dense(f'{name}.intermediate.dense', p['mlp']['up'])
@@ -101,8 +101,8 @@ def test_forward_and_backward_equal_hugging_face(activation):
              (grads['pooler']['dense']['kernel'].T, bert.pooler.dense.weight.grad),
              (grads['targets_mlm']['bias'][:V], peer.cls.predictions.bias.grad)]
     for i, layer in enumerate(bert.encoder.layer):
-        pairs += [(layers['attention']['qkv']['kernel'][i][:, 0].reshape(D, D).T, layer.attention.self.query.weight.grad),
-                  (layers['attention']['qkv']['bias'][i][2].reshape(D), layer.attention.self.value.bias.grad),
+        pairs += [(layers['attention']['qkv']['kernel'][i][:, :, 0].reshape(D, D).T, layer.attention.self.query.weight.grad),
+                  (layers['attention']['qkv']['bias'][i][:, 2].reshape(D), layer.attention.self.value.bias.grad),
                   (layers['mlp']['up']['kernel'][i].T, layer.intermediate.dense.weight.grad),
                   (layers['mlp_norm']['bias'][i], layer.output.LayerNorm.bias.grad)]
     for ours, theirs in pairs:

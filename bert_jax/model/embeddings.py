@@ -38,15 +38,16 @@ class BertEmbeddings(nn.Module):
         self.token = self.param('token', kernel_init, (padded_vocab_size(self.vocab_size), self.hidden_size))
         self.position = self.param('position', kernel_init, (self.max_length, self.hidden_size))
         self.segment = self.param('segment', kernel_init, (self.num_segments, self.hidden_size))
-        self.norm = LayerNorm(dtype=self.dtype)
+        self.norm = LayerNorm(self.dtype)
         self.dropout = Dropout(self.dropout_rate)
 
     def __call__(self, batch: dict[str, jax.Array], *, train: bool) -> jax.Array:
         """input_ids, segment_ids, position_ids [B, L] -> [B, L, D]."""
         x = jnp.take(self.token, batch['input_ids'], axis=0)
         x += jnp.take(self.position, batch['position_ids'], axis=0)
-        x += jax.nn.one_hot(batch['segment_ids'], self.num_segments, dtype=x.dtype) @ self.segment
-        return self.dropout(self.norm(x.astype(self.dtype)), train=train)
+        segments = jax.nn.one_hot(batch['segment_ids'].reshape(-1), self.num_segments, dtype=x.dtype)
+        x += (segments @ self.segment).reshape(x.shape)
+        return self.dropout(self.norm(x), train=train)
 
     @property
     def table(self) -> jax.Array:

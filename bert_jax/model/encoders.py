@@ -42,9 +42,9 @@ class TransformerLayer(nn.Module):
         attended, heads = Attention(self.num_heads, self.attention_dropout_rate, self.dtype, name='attention')(
             x, mask, train=train)
         dropout = Dropout(self.dropout_rate)
-        x = LayerNorm(dtype=self.dtype, name='attention_norm')(x + dropout(attended, train=train))
+        x = LayerNorm(self.dtype, name='attention_norm')(x + dropout(attended, train=train))
         changed = Mlp(self.mlp_size, self.activation, self.dtype, name='mlp')(x)
-        x = LayerNorm(dtype=self.dtype, name='mlp_norm')(x + Dropout(self.dropout_rate)(changed, train=train))
+        x = LayerNorm(self.dtype, name='mlp_norm')(x + Dropout(self.dropout_rate)(changed, train=train))
         x = nn.with_logical_constraint(x, ('batch', 'length', 'hidden'))
         heads['hidden'] = x
         return x, {name: heads[name] for name in self.layer_outputs}

@@ -12,7 +12,7 @@ from bert_jax.cli import UserError, choose, unknown
 from bert_jax.metrics import Mean
 from bert_jax.model.embeddings import EMBEDDINGS
 from bert_jax.model.encoders import ENCODERS, Encoded
-from bert_jax.model.layers import ACTIVATIONS, gather, kernel_init
+from bert_jax.model.layers import ACTIVATIONS, Dense, gather
 from bert_jax.model.targets import TARGETS
 
 Batch = dict[str, jax.Array]
@@ -27,7 +27,7 @@ class Pooler(nn.Module):
     def __call__(self, hidden: jax.Array, cls_positions: jax.Array) -> jax.Array:
         """hidden [B, L, D], cls_positions [B, E] -> [B, E, D]."""
         x = gather(hidden, cls_positions)
-        return jnp.tanh(nn.Dense(x.shape[-1], kernel_init=kernel_init, dtype=self.dtype, name='dense')(x))
+        return jnp.tanh(Dense((x.shape[-1],), self.dtype, name='dense')(x))
 
 
 class Model(nn.Module):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from bert_jax.metrics import Mean
 from bert_jax.model.encoders import Encoded
-from bert_jax.model.layers import ACTIVATIONS, Dropout, LayerNorm, gather, kernel_init
+from bert_jax.model.layers import ACTIVATIONS, Dense, Dropout, LayerNorm, gather
 
 Batch = dict[str, jax.Array]
 
@@ -39,12 +39,14 @@ class MaskedLM(nn.Module):
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """masked_lm_positions [B, P] -> logits float32 [B, P, V padded]."""
         x = gather(encoded.hidden, batch['masked_lm_positions'])           # [B, P, D]
-        x = nn.Dense(x.shape[-1], kernel_init=kernel_init, dtype=self.dtype, name='dense')(x)
-        x = LayerNorm(dtype=self.dtype, name='norm')(ACTIVATIONS[self.activation](x))
+        x = Dense((x.shape[-1],), self.dtype, name='dense')(x)
+        x = LayerNorm(self.dtype, name='norm')(ACTIVATIONS[self.activation](x))
         bias = self.param('bias', nn.initializers.zeros, (table.shape[0],))
         bias = jnp.where(jnp.arange(table.shape[0]) < self.vocab_size, bias, -1e9)
-        logits = jnp.einsum('BPD,VD->BPV', x, table.astype(self.dtype), preferred_element_type=jnp.float32)
-        return {'logits': nn.with_logical_constraint(logits + bias, ('batch', 'predictions', 'vocab'))}
+        logits = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), table.astype(self.dtype), (((1,), (1,)), ((), ())),
+                                     preferred_element_type=jnp.float32)   # [B * P, V padded]
+        logits = (logits + bias).reshape(*x.shape[:2], -1)
+        return {'logits': nn.with_logical_constraint(logits, ('batch', 'predictions', 'vocab'))}
 
     def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
         """Cross-entropy in nats and accuracy over the masked places."""
@@ -64,7 +66,7 @@ class NextSentence(nn.Module):
     @nn.compact
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """pooled [B, E, D] -> logits float32 [B, E, 2]."""
-        logits = nn.Dense(2, kernel_init=kernel_init, dtype=self.dtype, name='dense')(encoded.pooled)
+        logits = Dense((2,), self.dtype, name='dense')(encoded.pooled)
         return {'logits': logits.astype(jnp.float32)}
 
     def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
@@ -94,7 +96,7 @@ class Classification(nn.Module):
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """pooled [B, 1, D] -> logits float32 [B, C]."""
         x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
-        logits = nn.Dense(self.num_classes, kernel_init=kernel_init, dtype=self.dtype, name='dense')(x)
+        logits = Dense((self.num_classes,), self.dtype, name='dense')(x)
         return {'logits': logits.astype(jnp.float32)}
 
     def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
