@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from bert_jax import paths
 from bert_jax.cli import UserError
 
 logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax logs whole tracebacks; ours is one line
@@ -35,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 3, best: str = '') -> None:
-        self._folder, self._keep, self._best = epath.Path(folder).resolve(), keep, best
+        self._folder, self._keep, self._best = paths.absolute(folder), keep, best
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future | None = None
@@ -74,9 +75,8 @@ class Checkpoints:
     def _finish(self, folder: epath.Path, step: int, scores: dict[str, float]) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
-            partial = folder / 'manifest.partial'
-            partial.write_text(json.dumps({'step': step, 'scores': scores, 'files': _hashes(folder)}, indent=1))
-            partial.rename(folder / 'manifest.json')
+            content = {'step': step, 'scores': scores, 'files': _hashes(folder)}
+            paths.write_whole(folder / 'manifest.json', json.dumps(content, indent=1))
             self._delete_old()
 
     def _failed(self, folder: epath.Path, error: Exception) -> UserError:
@@ -161,7 +161,7 @@ def _hashes(folder: epath.Path) -> dict[str, str]:
     """SHA-256 of every file below a checkpoint but the manifest."""
     hashes = {}
     for path in sorted(_files(folder)):
-        if path.name not in ('manifest.json', 'manifest.partial'):
+        if path.name not in ('manifest.json', 'manifest.json.partial'):
             hashes[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return hashes
 

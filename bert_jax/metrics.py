@@ -12,6 +12,9 @@ import scipy.special
 import sklearn.metrics
 from etils import epath
 
+from bert_jax import paths
+from bert_jax.cli import UserError
+
 
 @flax.struct.dataclass
 class Mean:
@@ -78,7 +81,10 @@ class Writer:
         self._files = {name: workdir / f'{name}.jsonl' for name in ('log', 'rates')}
         for file in self._files.values():
             cut_back(file, step)
-        self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+        try:
+            self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+        except ImportError as error:  # gs:// needs google-cloud-storage
+            raise UserError(f'{workdir}: {error}') from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One record of results."""
@@ -89,13 +95,7 @@ class Writer:
         self._append('rates', step, values)
 
     def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        file = self._files[name]
-        line = json.dumps({'step': step, **values}) + '\n'
-        if str(file).startswith('gs://'):  # object stores cannot append
-            file.write_text((file.read_text() if file.exists() else '') + line)
-        else:
-            with open(file, 'a', encoding='utf-8') as out:
-                out.write(line)
+        paths.append(self._files[name], json.dumps({'step': step, **values}) + '\n')
         for key, value in values.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(key, value, step)
@@ -118,7 +118,7 @@ def cut_back(file: epath.Path, step: int) -> None:
             break
         if record['step'] <= step:
             kept.append(line + '\n')
-    file.write_text(''.join(kept))
+    paths.write_whole(file, ''.join(kept))
 
 
 def read_log(file: epath.Path) -> list[dict[str, Any]]:

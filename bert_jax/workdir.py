@@ -16,6 +16,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from bert_jax import paths
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 
@@ -67,9 +68,7 @@ def read_json(file: epath.Path) -> Any:
 
 def write_json(file: epath.Path, content: Any) -> None:
     """Writes a JSON file that appears whole or not at all."""
-    partial = file.with_name(file.name + '.partial')
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n')
-    partial.replace(file)
+    paths.write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + '\n')
 
 
 def _differences(found: Any, wanted: Any, prefix: str = '') -> list[tuple[str, Any, Any]]:

@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 PACKAGE = ROOT / 'bert_jax'
-SMALL_ROOMS = {'cli', 'metrics', 'optimizer', 'partition', 'checkpoint', 'flops'}
+SMALL_ROOMS = {'cli', 'paths', 'metrics', 'optimizer', 'partition', 'checkpoint', 'flops'}
 ENTRY_POINTS = {'vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report'}
 
 
