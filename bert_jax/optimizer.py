@@ -76,7 +76,7 @@ def _clip(norm: float) -> optax.GradientTransformation:
         return optax.identity()
 
     def scale(grads: optax.Updates, _: optax.Params | None) -> optax.Updates:
-        factor = jnp.minimum(1, norm / optax.global_norm(grads))
+        factor = jnp.minimum(1, norm / optax.tree.norm(grads))
         return jax.tree.map(lambda g: g * factor, grads)
 
     return optax.stateless(scale)

@@ -87,7 +87,7 @@ def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model:
     params = jax.tree.map(lambda p, u: p - hyper['learning_rate'] * u, state.params, updates)
     metrics = {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
     one = jnp.ones(())
-    metrics |= {'loss': Mean(weighted(losses), one), 'gradient_norm': Mean(optax.global_norm(grads), one)}
+    metrics |= {'loss': Mean(weighted(losses), one), 'gradient_norm': Mean(optax.tree.norm(grads), one)}
     metrics |= _contents(batch)
     return TrainState(state.step + 1, params, opt_state), metrics
 
