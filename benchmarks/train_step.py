@@ -3,8 +3,9 @@
     python benchmarks/train_step.py --size base --length 128 --batch_size 16 --steps 5
 
 Each side is a process of its own with the same sizes, dropout 0.1 everywhere, fp32, the erf GELU, AdamW, and all
-cores. They take their steps in turn, one at a time, so that a slow minute of the machine meets all of them. Peers: BertForPreTraining (SDPA) as it comes, which computes logits at every position, and the
-same with its head cut down to the masked positions. Prints medians, ranges and ratios.
+cores. They take their steps in turn, one at a time, so that a slow minute of the machine meets all of them.
+Peers: BertForPreTraining (SDPA) as it comes, which computes logits at every position, and the same with its head cut
+down to the masked positions. Prints medians, ranges and ratios.
 """
 
 import argparse

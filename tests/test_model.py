@@ -184,7 +184,7 @@ def test_dropout_rate_and_scale(shape, rate):
     assert abs((y == 0).mean() - rate) < 4 * (rate * (1 - rate) / x.size) ** 0.5 + 1e-5
     np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-4)
     assert Dropout(rate).apply({}, x, train=False) is x
-    by_column = (y == 0).reshape(-1, shape[-1]).mean(0)       # even and odd halves of a draw alike
+    by_column = (y == 0).reshape(-1, shape[-1]).mean(0)       # no column is favoured
     assert abs(by_column - rate).max() < 0.05
 
 

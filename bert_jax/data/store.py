@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from bert_jax import paths
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 
@@ -130,9 +131,7 @@ def finish(path: pathlib.Path, body: dict[str, Any]) -> None:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a JSON file that appears whole or not at all."""
-    partial = path.with_name(path.name + '.partial')
-    partial.write_text(_render(content))
-    os.replace(partial, path)
+    paths.write_whole(path, _render(content))
 
 
 def _render(content: Any) -> str:

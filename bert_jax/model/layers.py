@@ -58,7 +58,7 @@ def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias
 
 
-_add_bias.defvjp(lambda x, bias: (x + bias, bias), lambda bias, grad: (grad, _sum_rows(grad).astype(bias.dtype)))
+_add_bias.defvjp(lambda x, bias: (x + bias, None), lambda _, grad: (grad, _sum_rows(grad).astype(grad.dtype)))
 
 
 class Dense(nn.Module):
