@@ -4,9 +4,7 @@
     model('Paris is the [MASK] of France.')
 """
 
-import ctypes
 import os
-import sys
 from importlib import metadata
 
 
@@ -22,21 +20,7 @@ def _avoid_wrong_numbers_on_cpu() -> None:
         os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
 
 
-def _keep_freed_memory() -> None:
-    """Has glibc keep the memory that JAX frees on CPU.
-
-    Each step frees gigabytes of activations. By default they go back to the kernel, and the next step spends a
-    tenth of its time on page faults to have them again.
-    """
-    if not sys.platform.startswith('linux') or not hasattr(ctypes.CDLL(None), 'mallopt'):
-        return
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
-    for setting, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1), (top_pad, 1 << 26)):
-        ctypes.CDLL(None).mallopt(setting, value)
-
-
 _avoid_wrong_numbers_on_cpu()
-_keep_freed_memory()
 
 
 def load(workdir: str):  # noqa: ANN201 - the annotation would import JAX here

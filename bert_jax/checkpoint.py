@@ -75,8 +75,7 @@ class Checkpoints:
     def _finish(self, folder: epath.Path, step: int, scores: dict[str, float]) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
-            content = {'step': step, 'scores': scores, 'files': _hashes(folder)}
-            paths.write_whole(folder / 'manifest.json', json.dumps(content, indent=1))
+            _write_manifest(folder, step, scores)
             self._delete_old()
 
     def _failed(self, folder: epath.Path, error: Exception) -> UserError:
@@ -157,12 +156,33 @@ class Checkpoints:
             return reader.restore(self._folder / f'{step:08d}', args=args)[item]
 
 
+def write_params(folder: epath.PathLike, params: Any) -> None:
+    """Writes parameters that come from elsewhere as step 0 of a run's checkpoints.
+
+    Raises:
+      UserError: they could not be written.
+    """
+    step = paths.absolute(folder) / f'{0:08d}'
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+        _write_manifest(step, 0, {})
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f'{step}: could not be written ({str(error).strip().splitlines()[-1][:200]}).') from error
+
+
+def _write_manifest(folder: epath.Path, step: int, scores: dict[str, float]) -> None:
+    content = {'step': step, 'scores': scores, 'files': _hashes(folder)}
+    paths.write_whole(folder / 'manifest.json', json.dumps(content, indent=1))
+
+
 def _hashes(folder: epath.Path) -> dict[str, str]:
     """SHA-256 of every file below a checkpoint but the manifest."""
     hashes = {}
     for path in sorted(_files(folder)):
         if path.name not in ('manifest.json', 'manifest.json.partial'):
-            hashes[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open('rb') as content:
+                hashes[str(path.relative_to(folder))] = hashlib.file_digest(content, 'sha256').hexdigest()
     return hashes
 
 
@@ -173,8 +193,8 @@ def _files(folder: epath.Path) -> list[epath.Path]:
     return found
 
 
-def load_params(workdir: epath.PathLike, best: str = '') -> tuple[Any, int]:
-    """The parameters a workdir offers (its best step by a score, else its newest), and their step.
+def load_params(workdir: epath.PathLike, best: str = '') -> tuple[Any, int, dict[str, float]]:
+    """The parameters a workdir offers (its best step by a score, else its newest), their step and its scores.
 
     Raises:
       UserError: no workdir, or no whole checkpoint in it.
@@ -185,7 +205,7 @@ def load_params(workdir: epath.PathLike, best: str = '') -> tuple[Any, int]:
         step = checkpoints.newest_whole()
     if step is None:
         raise UserError(f'{workdir}: no finished checkpoint there.')
-    return checkpoints.restore(step, 'params'), step
+    return checkpoints.restore(step, 'params'), step, checkpoints.scores(step)
 
 
 def warm_start(params: Any, source: Any, fresh: tuple[str, ...] = ()) -> Any:

@@ -4,7 +4,7 @@
         --config.task.train_file=mine.csv --workdir W
 
 Takes sentences or pairs from CSV, TSV or JSON lines with your own column names, or a GLUE folder
-(:sst2, :mrpc). Keeps the checkpoint that is best on the dev split, writes its scores to results.json and its
+(:sst2, :mrpc). W0 is a workdir, a Hugging Face folder or name, or a TF1 folder. Keeps the checkpoint that is best on the dev split, writes its scores to results.json and its
 predictions to predictions_dev.tsv and predictions_test.tsv. Started again with the same command, it resumes.
 """
 
@@ -20,10 +20,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from bert_jax import checkpoint, cli, evaluate, metrics, optimizer, partition, plots, train, workdir
+from bert_jax import checkpoint, cli, evaluate, metrics, optimizer, partition, plots, pretrained, train, workdir
 from bert_jax.cli import UserError, choose, unknown
 from bert_jax.data import batches, examples, tasks
-from bert_jax.data import tokenizer as tokenizers
 from bert_jax.model import model as models
 
 
@@ -42,11 +41,11 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
       UserError: bad data, a checkpoint that does not fit, a workdir of another run.
     """
     if not config.init_from:
-        raise UserError('--config.init_from=W0 is missing: the workdir of a pre-trained model.')
-    source = workdir.read_config(config.init_from).model
-    tokenizer = tokenizers.load(config.init_from)
+        raise UserError('--config.init_from=W0 is missing: a workdir, a Hugging Face folder or name, or a TF1 folder.')
+    source = pretrained.load(config.init_from)
+    tokenizer = source.tokenizer
     task = choose('task', tasks.TASKS, config.task.name)(**{k: v for k, v in config.task.items() if k != 'name'})
-    describe_model(config, source, len(task.labels))
+    describe_model(config, source.model, len(task.labels))
     mesh = partition.make_mesh(config.mesh)
     examples.check_batch_size(config.batch_size, partition.data_devices(mesh), config.accumulation)
     encoded = {split: tasks.encode(rows, task.labels, tokenizer, config.max_length)
@@ -58,8 +57,8 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
     state = train.init_state(model, tx, encoded['train'].make(np.arange(1), 1), config.seed, mesh)
     if not config.from_scratch:
-        source, _ = checkpoint.load_params(config.init_from)
-        state = state.replace(params=checkpoint.warm_start(state.params, source, fresh=('targets_',)))
+        state = state.replace(params=checkpoint.warm_start(state.params, source.params, fresh=('targets_',)))
+    del source
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints, config.best)
     eval_step = evaluate.make_eval_step(model, mesh)
     score = functools.partial(_score, eval_step, mesh, encoded['dev'], task.labels, config.batch_size)

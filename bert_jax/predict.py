@@ -1,7 +1,8 @@
-"""Fills [MASK]s or classifies texts with the model in a workdir.
+"""Fills [MASK]s or classifies texts with a model: your own, or one from Hugging Face or TF1.
 
     python -m bert_jax.predict --workdir W 'Paris is the [MASK] of France.'
     python -m bert_jax.predict --workdir W --input texts.txt --json > predictions.jsonl
+    python -m bert_jax.predict --init_from google-bert/bert-base-cased 'Paris is the [MASK] of France.'
     cat texts.txt | python -m bert_jax.predict --workdir W --input -
 
 A pre-trained model fills [MASK]s, a fine-tuned one classifies. Inputs are one text a line (a pair is two
@@ -22,14 +23,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
-from ml_collections import ConfigDict
 
-from bert_jax import checkpoint, cli, metrics, workdir
+from bert_jax import cli, metrics, pretrained
 from bert_jax.cli import UserError
 from bert_jax.data import tasks
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.model import model as models
+from bert_jax.weights import Pretrained
 
 MASK = '[MASK]'
 Text = str | tuple[str, str]
@@ -43,12 +43,13 @@ class Predictor:
       labels: the class names of a classifier.
     """
 
-    def __init__(self, config: ConfigDict, params: Any, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...]
-                 ) -> None:
-        self._model, self._params, self._tokenizer = models.build(config.model), params, tokenizer
-        self._max_length = config.model.embeddings.max_length
-        self.labels = labels
-        self.kind = 'classification' if 'classification' in config.model.targets else 'fill_mask'
+    def __init__(self, source: Pretrained, path: str) -> None:
+        if not {'mlm', 'classification'} & set(source.model.targets):
+            raise UserError(f'{path}: its heads ({", ".join(source.model.targets) or "none"}) predict nothing.')
+        self._model, self._params, self._tokenizer = models.build(source.model), source.params, source.tokenizer
+        self._max_length = source.model.embeddings.max_length
+        self.labels = source.labels
+        self.kind = 'classification' if 'classification' in source.model.targets else 'fill_mask'
         self._apply = jax.jit(lambda params, batch: self._model.apply({'params': params}, batch, train=False))
 
     def __call__(self, texts: Text | Sequence[Text], top_k: int = 5, batch_size: int = 32) -> Any:
@@ -124,25 +125,21 @@ def _described(row: tasks.Row) -> dict[str, Any]:
 
 
 def load(path: str) -> Predictor:
-    """The model in a workdir: a fine-tuned one at its best step, a pre-trained one at its newest.
+    """The model in a workdir (a fine-tuned one at its best step), a Hugging Face folder or name, or a TF1 folder.
 
     Raises:
-      UserError: no workdir, no whole checkpoint, nothing in the model that predicts.
+      UserError: no model there, or nothing in it that predicts.
     """
-    config = workdir.read_config(path)
-    if not {'mlm', 'classification'} & set(config.model.targets):
-        raise UserError(f'{path}: its targets ({", ".join(config.model.targets)}) predict nothing.')
-    params, _ = checkpoint.load_params(path, best=config.get('best', ''))
-    file = epath.Path(path) / 'labels.json'
-    labels = tuple(workdir.read_json(file)) if file.exists() else ()
-    return Predictor(config, params, tokenizers.load(path), labels)
+    return Predictor(pretrained.load(path), path)
 
 
 def main() -> None:
     """Command line."""
     parser = cli.parser(__doc__)
     parser.add_argument('texts', nargs='*', metavar='TEXT')
-    parser.add_argument('--workdir', required=True, metavar='W')
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument('--workdir', metavar='W', help='a pre-trained or fine-tuned model of yours')
+    source.add_argument('--init_from', metavar='PATH', help='a Hugging Face folder or name, or a TF1 folder')
     parser.add_argument('--input', metavar='FILE', help='a file of texts; - for standard input')
     parser.add_argument('--top_k', type=int, default=5, metavar='K', help='tokens for each [MASK] (default: 5)')
     parser.add_argument('--batch_size', type=int, default=32, metavar='B')
@@ -151,7 +148,7 @@ def main() -> None:
     texts = [_pair(text) for text in args.texts] + (list(_read(args.input)) if args.input else [])
     if not texts:
         raise UserError('No text: give some as arguments, or --input FILE (- for standard input).')
-    model = load(args.workdir)
+    model = load(args.workdir or args.init_from)
     show: Callable = (lambda result: json.dumps(result, ensure_ascii=False)) if args.json else _plain
     for start in range(0, len(texts), 32 * args.batch_size):
         for result in model(texts[start:start + 32 * args.batch_size], args.top_k, args.batch_size):

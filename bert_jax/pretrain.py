@@ -24,11 +24,13 @@ from bert_jax import (
     optimizer,
     partition,
     plots,
+    pretrained,
     train,
     workdir,
 )
 from bert_jax.cli import UserError, choose
 from bert_jax.data import batches, examples, masking, store
+from bert_jax.data import tokenizer as tokenizers
 from bert_jax.model import model as models
 
 
@@ -60,8 +62,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
 
     state = train.init_state(model, tx, streams[phases[0].max_length].make(0, np.arange(1)), config.seed, mesh)
     if config.init_from:
-        source = load_checkpoint(config.init_from, data.tokenizer)
-        state = state.replace(params=checkpoint.warm_start(state.params, source))
+        state = state.replace(params=checkpoint.warm_start(state.params, load_checkpoint(config, data.tokenizer)))
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
     state = checkpoints.resume(state)
     start, num_steps = int(state.step), phases[-1].stop
@@ -111,16 +112,15 @@ def set_vocab_size(model: ConfigDict, vocab_size: int) -> None:
     model.embeddings.vocab_size = vocab_size
 
 
-def load_checkpoint(path: str, tokenizer: Any) -> Any:
-    """The parameters in a workdir, which must have the data's tokenizer."""
-    from bert_jax.data import tokenizer as tokenizers
-
-    workdir.read_config(path)
-    found = tokenizers.load(path)
-    if found.hash != tokenizer.hash:
-        raise UserError(f'{path}: its tokenizer ({found.vocab_size} entries, {found.hash[:12]}) is not the one of the '
-                        f'data ({tokenizer.vocab_size} entries, {tokenizer.hash[:12]}).')
-    return checkpoint.load_params(path)[0]
+def load_checkpoint(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Any:
+    """The parameters that init_from names, which must fit the data's tokenizer and the config's architecture."""
+    source = pretrained.load(config.init_from)
+    if source.tokenizer.hash != tokenizer.hash:
+        raise UserError(f'{config.init_from}: its tokenizer ({source.tokenizer.vocab_size} entries, '
+                        f'{source.tokenizer.hash[:12]}) is not the one of the data ({tokenizer.vocab_size} entries, '
+                        f'{tokenizer.hash[:12]}).')
+    pretrained.check_fits(config.model, source, config.init_from)
+    return source.params
 
 
 def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

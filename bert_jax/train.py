@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bert_jax import partition
+from bert_jax import memory, partition
 from bert_jax.checkpoint import Checkpoints
 from bert_jax.cli import UserError, progress
 from bert_jax.metrics import Mean, Writer, merge
 
 Batch = dict[str, jax.Array]
 RUN_AHEAD = 2  # steps dispatched beyond the one being computed
+
+memory.keep_freed()
 
 
 @flax.struct.dataclass

@@ -34,7 +34,7 @@ def kill_when(args, condition):
 
 
 def final(work):
-    params, step = checkpoint.load_params(work)
+    params, step, _ = checkpoint.load_params(work)
     return params, step, (work / 'log.jsonl').read_bytes()
 
 

@@ -39,7 +39,7 @@ def test_every_way_to_name_a_wordpiece_tokenizer_agrees(vocab, tmp_path):
     by_json = tokenizer.load(tmp_path / 'tokenizer.json')
     text = 'The Import statement raises [MASK] ModuleNotFoundError!'
     assert by_folder.encode(text) == by_file.encode(text) == by_json.encode(text)
-    assert by_folder.hash == by_file.hash != by_json.hash
+    assert by_folder.hash == by_file.hash == by_json.hash
     assert by_json.mask_id not in by_json.encode(text)  # written out, it is ordinary text
 
 

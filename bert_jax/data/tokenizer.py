@@ -21,7 +21,9 @@ from bert_jax.cli import UserError
 SPECIALS = {  # role -> the names it goes by
     'pad': ('[PAD]', '<pad>'), 'unk': ('[UNK]', '<unk>'), 'cls': ('[CLS]', '<cls>', '<s>'),
     'sep': ('[SEP]', '<sep>', '</s>'), 'mask': ('[MASK]', '<mask>')}
-FILES = ('tokenizer.json', 'vocab.txt')  # and *.model
+FILES = ('tokenizer.json', 'vocab.txt')  # and *.model, before either
+BERT_WORDPIECE = {'unk_token': '[UNK]', 'continuing_subword_prefix': '##', 'max_input_chars_per_word': 100,
+                  'clean_text': True}
 CACHE_WORDS = 1_000_000  # about 150 MB
 
 
@@ -99,12 +101,42 @@ class Tokenizer:
         """Ids of one text, no specials added."""
         return self.encode_batch([text])[0].tolist()
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of one text, and where in it each piece lies: `text[begin:end]`, in characters.
+
+        A piece that normalisation made out of nothing (SentencePiece's leading space) has an empty span.
+        """
+        if self.kind == 'wordpiece':
+            encoded = self._backend.encode(text, add_special_tokens=False)
+            return encoded.ids, encoded.offsets
+        encoded = self._backend.encode(text, return_type='offset_mapping')
+        return list(encoded['ids']), list(encoded['offsets'])
+
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text of ids, specials left out; WordPiece text comes back with spaced punctuation."""
         ids = [int(i) for i in ids if i not in self.special_ids]
         if self.kind == 'sentencepiece':
             return self._backend.decode(ids)
         return ' '.join(self.pieces[i] for i in ids).replace(' ##', '')
+
+    def as_library(self, max_length: int) -> tokenizers.Tokenizer:
+        """The same tokenizer for the `tokenizers` library: [CLS] A [SEP] (B [SEP]), cut at max_length, specials matched.
+
+        Raises:
+          UserError: a SentencePiece model of another kind than unigram.
+        """
+        name = {role: self.pieces[getattr(self, f'{role}_id')] for role in SPECIALS}
+        if self.kind == 'wordpiece':
+            backend = wordpiece(self.pieces, **json.loads(self._files['tokenizer_config.json']))
+        else:
+            backend = _unigram(self._files['tokenizer.model'])
+        backend.add_special_tokens([name[role] for role in SPECIALS])
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f'{name["cls"]}:0 $A:0 {name["sep"]}:0',
+            pair=f'{name["cls"]}:0 $A:0 {name["sep"]}:0 $B:1 {name["sep"]}:1',
+            special_tokens=[(name['cls'], self.cls_id), (name['sep'], self.sep_id)])
+        backend.enable_truncation(max_length)
+        return backend
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the tokenizer's own files into `folder`."""
@@ -148,12 +180,10 @@ def find(path: epath.Path) -> epath.Path:
     """The tokenizer file that `path` names: itself, or the one inside the folder."""
     if path.is_dir():
         for folder in (path, path / 'tokenizer'):
-            for name in FILES:
-                if (folder / name).exists():
-                    return folder / name
             models = sorted(folder.glob('*.model')) if folder.exists() else []
-            if models:
-                return models[0]
+            found = [*models, *(folder / name for name in FILES if (folder / name).exists())]
+            if found:
+                return found[0]
         raise UserError(f'{path}: no tokenizer there; expected {", ".join(FILES)} or a SentencePiece *.model.')
     if not path.exists():
         raise UserError(f'{path}: no such tokenizer file.')
@@ -175,7 +205,10 @@ def _load_vocab(path: epath.Path) -> Tokenizer:
     if beside.exists():
         given = json.loads(beside.read_text())
         options |= {key: given[key] for key in options if key in given}
-    source = str(path)
+    return _wordpiece_tokenizer(pieces, options, str(path))
+
+
+def _wordpiece_tokenizer(pieces: list[str], options: dict[str, bool | None], source: str) -> Tokenizer:
     backend = None
     if '[UNK]' in pieces and len(set(pieces)) == len(pieces):
         backend = wordpiece(pieces, **options)
@@ -197,22 +230,34 @@ def wordpiece(pieces: Sequence[str], do_lower_case: bool, strip_accents: bool | 
 
 
 def _load_json(path: epath.Path) -> Tokenizer:
+    """A tokenizer.json of BERT WordPiece: its entries and options, as if they came from a vocab.txt."""
     try:
         content = json.loads(path.read_text())
-        model = content['model']
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content | {'post_processor': None}))
+        model, normalizer = content['model'], content.get('normalizer') or {}
+        ids = tokenizers.Tokenizer.from_str(json.dumps(content)).get_vocab()
     except Exception as error:  # the library raises bare Exception
         raise UserError(f'{path}: not a tokenizer.json ({error}).') from error
-    kinds = [model.get('type')] + [(content.get(k) or {}).get('type') for k in ('normalizer', 'pre_tokenizer')]
+    kinds = [model.get('type'), normalizer.get('type'), (content.get('pre_tokenizer') or {}).get('type')]
     if kinds != ['WordPiece', 'BertNormalizer', 'BertPreTokenizer']:
         raise UserError(f'{path}: only BERT WordPiece is read from a tokenizer.json, this one is {kinds}; '
                         'for SentencePiece give its .model file.')
-    backend.encode_special_tokens = True
-    ids = backend.get_vocab()
+    found = {'unk_token': model.get('unk_token'), 'continuing_subword_prefix': model.get('continuing_subword_prefix'),
+             'max_input_chars_per_word': model.get('max_input_chars_per_word'),
+             'clean_text': normalizer.get('clean_text')}
+    for key, value in BERT_WORDPIECE.items():
+        if found[key] != value:
+            raise UserError(f'{path}: {key} is {found[key]!r} there; BERT WordPiece has {value!r}.')
+    names = {name for role in SPECIALS.values() for name in role}
+    added = [token['content'] for token in content.get('added_tokens') or () if token['content'] not in names]
+    if added:
+        raise UserError(f'{path}: {", ".join(map(repr, added[:5]))} added to the vocabulary; such tokens are matched '
+                        'before WordPiece, which is not supported.')
     pieces = sorted(ids, key=ids.__getitem__)
     if [ids[piece] for piece in pieces] != list(range(len(pieces))):
         raise UserError(f'{path}: ids are not 0..{len(pieces) - 1} without gaps.')
-    return Tokenizer('wordpiece', pieces, backend, {'tokenizer.json': path.read_bytes()}, str(path))
+    return _wordpiece_tokenizer(pieces, {
+        'do_lower_case': normalizer['lowercase'], 'strip_accents': normalizer['strip_accents'],
+        'tokenize_chinese_chars': normalizer['handle_chinese_chars']}, str(path))
 
 
 def _load_sentencepiece(path: epath.Path) -> Tokenizer:
@@ -224,3 +269,22 @@ def _load_sentencepiece(path: epath.Path) -> Tokenizer:
         raise UserError(f'{path}: not a SentencePiece model ({error}).') from error
     pieces = [backend.id_to_piece(i) for i in range(len(backend))]
     return Tokenizer('sentencepiece', pieces, backend, {'tokenizer.model': content}, str(path))
+
+
+def _unigram(model: bytes) -> tokenizers.Tokenizer:
+    """A SentencePiece unigram model as the `tokenizers` library runs it."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    spec = sentencepiece_model_pb2.ModelProto.FromString(model)
+    if spec.trainer_spec.model_type != spec.trainer_spec.UNIGRAM:
+        raise UserError('Only SentencePiece models of type unigram can be written for the tokenizers library.')
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(
+        [(piece.piece, piece.score) for piece in spec.pieces], spec.trainer_spec.unk_id, spec.trainer_spec.byte_fallback))
+    steps = [tokenizers.normalizers.Precompiled(spec.normalizer_spec.precompiled_charsmap)
+             ] if spec.normalizer_spec.precompiled_charsmap else []
+    steps.append(tokenizers.normalizers.Replace(tokenizers.Regex(' {2,}'), ' '))
+    backend.normalizer = tokenizers.normalizers.Sequence([*steps, tokenizers.normalizers.Strip()])
+    metaspace = {'replacement': '▁', 'prepend_scheme': 'always' if spec.normalizer_spec.add_dummy_prefix else 'never'}
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(**metaspace)
+    backend.decoder = tokenizers.decoders.Metaspace(**metaspace)
+    return backend

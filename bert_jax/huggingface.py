@@ -1,0 +1,330 @@
+"""Hugging Face folders: config.json, model.safetensors, tokenizer files, a model card."""
+
+import json
+import pathlib
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import safetensors
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from bert_jax import weights
+from bert_jax.cli import UserError
+from bert_jax.data import tokenizer as tokenizers
+from bert_jax.weights import Pretrained
+
+ARCHITECTURES = {  # targets -> the class that has just these heads
+    (): 'BertModel', ('mlm', 'nsp'): 'BertForPreTraining', ('mlm',): 'BertForMaskedLM',
+    ('nsp',): 'BertForNextSentencePrediction', ('classification',): 'BertForSequenceClassification',
+    ('tagging',): 'BertForTokenClassification', ('span',): 'BertForQuestionAnswering',
+    ('multiple_choice',): 'BertForMultipleChoice'}
+PIPELINES = {'mlm': 'fill-mask', 'classification': 'text-classification', 'tagging': 'token-classification',
+             'span': 'question-answering', 'multiple_choice': 'multiple-choice'}
+SIZES = {  # Hugging Face's name -> part and name of ours
+    'vocab_size': ('embeddings', 'vocab_size'), 'hidden_size': ('embeddings', 'hidden_size'),
+    'max_position_embeddings': ('embeddings', 'max_length'), 'type_vocab_size': ('embeddings', 'num_segments'),
+    'num_hidden_layers': ('encoder', 'num_layers'), 'num_attention_heads': ('encoder', 'num_heads'),
+    'intermediate_size': ('encoder', 'mlp_size'), 'hidden_act': ('encoder', 'activation'),
+    'hidden_dropout_prob': ('encoder', 'dropout_rate'),
+    'attention_probs_dropout_prob': ('encoder', 'attention_dropout_rate')}
+EXPECTED = {'layer_norm_eps': 1e-12, 'position_embedding_type': 'absolute', 'is_decoder': False,
+            'add_cross_attention': False, 'tie_word_embeddings': True}
+FILES = ['config.json', '*.safetensors', 'model.safetensors.index.json', 'vocab.txt', 'tokenizer*.json', '*.model']
+BUFFERS = re.compile(r'(bert\.)?embeddings\.(position_ids|token_type_ids)$')
+TIED = {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
+        'cls.predictions.decoder.bias': 'cls.predictions.bias'}
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether a local folder is in Hugging Face's format."""
+    file = path / 'config.json'
+    return file.is_file() and 'model' not in _read_json(file)
+
+
+def download(name: str) -> pathlib.Path:
+    """The folder of a model on the hub, such as google-bert/bert-base-cased, from the cache or the network.
+
+    Raises:
+      UserError: it could not be had; what to do instead.
+    """
+    try:
+        folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
+        if not list(folder.glob('*.safetensors')):
+            huggingface_hub.snapshot_download(name, allow_patterns=['pytorch_model*.bin', 'pytorch_model.bin.index.json'])
+        return folder
+    except Exception as error:  # the hub's own errors, those of its HTTP client, OSError
+        raise UserError(
+            f'{name}: no such folder here, and not to be had from the Hugging Face hub ({type(error).__name__}: '
+            f'{str(error).strip().splitlines()[0][:120]}). Without a network: run `hf download {name}` where there is '
+            'one, and copy its cache here (HF_HOME), or give the path of a folder.') from error
+
+
+def read(folder: pathlib.Path) -> Pretrained:
+    """Reads a folder: any BERT, with the heads that it has.
+
+    Raises:
+      UserError: another architecture, damaged or missing files, a tensor that is missing or of another shape,
+        a vocabulary that is longer or shorter than its table.
+    """
+    config = _read_json(folder / 'config.json')
+    _check_architecture(folder, config)
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.vocab_size != config['vocab_size']:
+        raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} entries, but its embedding table '
+                        f'{config["vocab_size"]} (vocab_size in config.json).')
+    readers = _open(folder)
+
+    def get(name: str) -> np.ndarray:
+        return readers[name](name)
+
+    theirs = {_canonical(name): name for name in readers if not BUFFERS.match(name)}
+    heads = _heads(folder, config, theirs)
+    model = _model_config(config, heads, num_labels=_num_labels(theirs, get))
+    pooler = 'bert.pooler.dense.weight' in theirs
+    params, notes = weights.empty_params(model, pooler), []
+    _check_tied(folder, theirs, get)
+    wanted = list(weights.tensors(model.encoder.num_layers, heads, pooler))
+    for tensor in wanted:
+        name = theirs.pop(tensor.huggingface, None)
+        if name is None:
+            raise UserError(f'{folder}: {tensor.huggingface} is missing.')
+        array = get(name)
+        if array.dtype != np.float32:
+            notes = [f'weights are {array.dtype} there; converted to float32.']
+            array = array.astype(np.float32)
+        expected = weights.fill(params, tensor, array, tensor.huggingface_transposed, config['vocab_size'])
+        if expected:
+            raise UserError(f'{folder}: {tensor.huggingface} is {array.shape}; config.json asks for {expected}.')
+    rest = sorted(name for name in theirs if name not in TIED)
+    if rest:
+        notes.append('left out, without a counterpart here: ' + ', '.join(rest) + '.')
+    return Pretrained(model, params, tokenizer, _labels(config, heads, model), {'source': f'Hugging Face, {folder}'}, notes)
+
+
+def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
+    known = ', '.join(ARCHITECTURES.values())
+    for name in (config.get('architectures') or ['BertModel']):
+        if config.get('model_type', 'bert') != 'bert' or name not in ARCHITECTURES.values():
+            raise UserError(f'{folder}: {name} (model_type {config.get("model_type")!r}) is not supported; known: {known}.')
+    missing = [key for key in SIZES if key not in config]
+    if missing:
+        raise UserError(f'{folder}: config.json lacks {", ".join(missing)}.')
+    for key, value in EXPECTED.items():
+        if config.get(key, value) != value:
+            raise UserError(f'{folder}: {key} is {config[key]!r} there; only {value!r} is supported.')
+
+
+def _open(folder: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
+    """The names of all tensors, each with the function that reads it."""
+    index = next((file for file in (folder / 'model.safetensors.index.json', folder / 'pytorch_model.bin.index.json')
+                  if file.exists()), None)
+    if (folder / 'model.safetensors').exists():
+        files = [folder / 'model.safetensors']
+    elif index:
+        files = [folder / name for name in sorted(set(_read_json(index)['weight_map'].values()))]
+    elif (folder / 'pytorch_model.bin').exists():
+        files = [folder / 'pytorch_model.bin']
+    else:
+        raise UserError(f'{folder}: no weights there; expected model.safetensors, pytorch_model.bin, '
+                        'or one of them in shards with an index.')
+    readers = {}
+    for file in files:
+        if not file.exists():
+            raise UserError(f'{file}: this shard is missing; {index.name} names it.')
+        readers |= (_open_safetensors if file.suffix == '.safetensors' else _open_pickle)(file)
+    return readers
+
+
+def _open_safetensors(file: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
+    def get(name: str) -> np.ndarray:
+        with safetensors.safe_open(file, 'numpy') as opened:  # anew each time: what was read leaves memory again
+            return opened.get_tensor(name)
+
+    try:
+        with safetensors.safe_open(file, 'numpy') as opened:
+            return dict.fromkeys(opened.keys(), get)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f'{file}: damaged or cut short ({error}).') from error
+
+
+def _open_pickle(file: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
+    """The tensors of a pytorch_model.bin; nothing in it can run."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f'{file}: reading it needs PyTorch (pip install torch --index-url '
+                        'https://download.pytorch.org/whl/cpu); model.safetensors does not.') from error
+    try:
+        state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f'{file}: refused, it holds more than tensors and would run code '
+                        f'({str(error).strip().splitlines()[0][:150]}).') from error
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise UserError(f'{file}: damaged or cut short ({str(error).strip().splitlines()[0][:150]}).') from error
+
+    def get(name: str) -> np.ndarray:
+        tensor = state[name]
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    return dict.fromkeys(state, get)
+
+
+def _canonical(name: str) -> str:
+    """BertModel's names with their prefix, old names of LayerNorm with their new ones."""
+    if name.startswith(('embeddings.', 'encoder.', 'pooler.')):
+        name = f'bert.{name}'
+    return name.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias')
+
+
+def _heads(folder: pathlib.Path, config: dict[str, Any], names: dict[str, str]) -> tuple[str, ...]:
+    """By the tensors that are there; three kinds share the name `classifier`, and the architecture tells them apart."""
+    if 'cls.predictions.bias' not in names and 'cls.predictions.decoder.bias' in names:
+        names['cls.predictions.bias'] = names.pop('cls.predictions.decoder.bias')
+    present = {'mlm': 'cls.predictions.transform.dense.weight', 'nsp': 'cls.seq_relationship.weight',
+               'span': 'qa_outputs.weight'}
+    heads = tuple(head for head, name in present.items() if name in names)
+    if 'classifier.weight' not in names:
+        return heads
+    named = [heads for heads, name in ARCHITECTURES.items() if name in (config.get('architectures') or ())]
+    if not named or named[0][:1] not in (('classification',), ('tagging',), ('multiple_choice',)):
+        raise UserError(f'{folder}: there is a classifier, but architectures in config.json does not say of which kind.')
+    return (*heads, named[0][0])
+
+
+def _num_labels(names: dict[str, str], get: Callable[[str], np.ndarray]) -> int:
+    return get(names['classifier.weight']).shape[0] if 'classifier.weight' in names else 0
+
+
+def _check_tied(folder: pathlib.Path, names: dict[str, str], get: Callable[[str], np.ndarray]) -> None:
+    for copy, original in TIED.items():
+        if copy in names and original in names and not np.array_equal(get(names[copy]), get(names[original])):
+            raise UserError(f'{folder}: {copy} is not equal to {original}; only tied output embeddings are supported.')
+
+
+def _model_config(config: dict[str, Any], heads: tuple[str, ...], num_labels: int) -> ConfigDict:
+    model = ConfigDict({'embeddings': {'name': 'bert'}, 'encoder': {'name': 'transformer'}, 'targets': {},
+                        'dtype': 'float32'})
+    for theirs, (part, name) in SIZES.items():
+        model[part][name] = config[theirs]
+    model.embeddings.dropout_rate = model.encoder.dropout_rate
+    model.encoder.layer_outputs = ()
+    model.encoder.unroll = model.encoder.num_layers
+    dropout = config.get('classifier_dropout')
+    dropout = model.encoder.dropout_rate if dropout is None else dropout
+    options = {'mlm': {'vocab_size': model.embeddings.vocab_size, 'activation': model.encoder.activation},
+               'classification': {'num_classes': num_labels, 'dropout_rate': dropout},
+               'tagging': {'num_classes': num_labels, 'dropout_rate': dropout},
+               'multiple_choice': {'num_choices': 2, 'dropout_rate': dropout}}  # as many as a question has
+    for head in heads:
+        model.targets[head] = ConfigDict(options.get(head, {}) | {'weight': 1.0})
+    return model
+
+
+def _labels(config: dict[str, Any], heads: tuple[str, ...], model: ConfigDict) -> tuple[str, ...]:
+    head = next((head for head in heads if head in ('classification', 'tagging')), None)
+    if head is None:
+        return ()
+    names = config.get('id2label') or {}
+    return tuple(str(names.get(str(i), f'LABEL_{i}')) for i in range(model.targets[head].num_classes))
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{file}: not to be read as JSON ({error}).') from error
+
+
+def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> list[str]:
+    """Writes a folder that AutoModelFor*.from_pretrained and AutoTokenizer.from_pretrained take as it is.
+
+    Args:
+      model: what to write; its parameters are given up one by one to spare memory.
+      folder: an existing, empty folder.
+      name: the model's name in its card.
+      licence: the licence field of the card, an identifier of the hub.
+
+    Returns:
+      What has no counterpart there, for people.
+    """
+    heads = tuple(head for head in weights.HEADS if head in model.model.targets)
+    if heads not in ARCHITECTURES:
+        raise UserError(f'No class of transformers has the heads {", ".join(heads)} together.')
+    notes = [f'left out, transformers has no such head: {target}.' for target in model.model.targets
+             if target not in weights.HEADS]
+    arrays = {}
+    for tensor in weights.of(model):
+        array = weights.view(model.params, tensor, model.tokenizer.vocab_size)
+        key = tensor.huggingface if heads else tensor.huggingface.removeprefix('bert.')
+        arrays[key] = weights.matrix(tensor, array, tensor.huggingface_transposed)
+    safetensors.numpy.save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
+    (folder / 'config.json').write_text(json.dumps(_their_config(model, heads), indent=2, ensure_ascii=False) + '\n')
+    write_tokenizer(model.tokenizer, folder, model.model.embeddings.max_length)
+    (folder / 'README.md').write_text(card(model, heads, name, licence))
+    return notes
+
+
+def _their_config(model: Pretrained, heads: tuple[str, ...]) -> dict[str, Any]:
+    config = {theirs: model.model[part][name] for theirs, (part, name) in SIZES.items()}
+    config |= {'architectures': [ARCHITECTURES[heads]], 'model_type': 'bert', 'initializer_range': 0.02,
+               'layer_norm_eps': 1e-12, 'pad_token_id': model.tokenizer.pad_id, 'torch_dtype': 'float32',
+               'tie_word_embeddings': True}
+    if model.labels:
+        config |= {'id2label': {str(i): label for i, label in enumerate(model.labels)},
+                   'label2id': {label: i for i, label in enumerate(model.labels)}}
+    for head in heads:
+        if 'dropout_rate' in model.model.targets[head]:
+            config['classifier_dropout'] = model.model.targets[head].dropout_rate
+    return config
+
+
+def write_tokenizer(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, max_length: int) -> None:
+    """The tokenizer's own files, and tokenizer.json and tokenizer_config.json for AutoTokenizer."""
+    tokenizer.save(folder)
+    tokenizer.as_library(max_length).save(str(folder / 'tokenizer.json'))
+    options = {'tokenizer_class': 'BertTokenizer' if tokenizer.kind == 'wordpiece' else 'PreTrainedTokenizerFast',
+               'model_max_length': max_length, 'model_input_names': ['input_ids', 'token_type_ids', 'attention_mask'],
+               'clean_up_tokenization_spaces': False}
+    options |= {f'{role}_token': tokenizer.pieces[getattr(tokenizer, f'{role}_id')] for role in tokenizers.SPECIALS}
+    beside = folder / 'tokenizer_config.json'
+    if beside.exists():
+        options |= json.loads(beside.read_text())
+    beside.write_text(json.dumps(options, indent=2) + '\n')
+
+
+def card(model: Pretrained, heads: tuple[str, ...], name: str, licence: str) -> str:
+    """The model card: what it is, how it was made, how it scored, how to use it."""
+    pipeline = PIPELINES.get(heads[0] if heads else '', 'feature-extraction')
+    size = ', '.join(f'{key} {model.model[part][ours]}' for key, (part, ours) in SIZES.items() if 'prob' not in key)
+    about, lines = model.about, ['---', f'license: {licence}', 'library_name: transformers',
+                                 f'pipeline_tag: {pipeline}', 'tags: [bert, bert_jax]', '---', '', f'# {name}', '']
+    lines += [f'A BERT encoder ({ARCHITECTURES[heads]}; {size}), made with bert_jax.', '', '## How it was made', '']
+    lines += [f'From: {about["source"]}']
+    lines += [f'Steps: {about["step"]:,}'] if 'step' in about else []
+    if model.labels:
+        lines += [f'Labels: {", ".join(model.labels)}']
+    if about.get('config'):
+        lines += ['', '<details><summary>Config</summary>', '', '```json', json.dumps(about['config'], indent=2),
+                  '```', '', '</details>']
+    if about.get('scores'):
+        lines += ['', '## Held-out scores', '', '| score | value |', '|---|---|']
+        lines += [f'| {key} | {value:.4f} |' for key, value in about['scores'].items()]
+    lines += ['', '## How to use it', '', '```python', *_usage(name, heads, model), '```', '']
+    return '\n'.join(lines)
+
+
+def _usage(name: str, heads: tuple[str, ...], model: Pretrained) -> list[str]:
+    mask = model.tokenizer.pieces[model.tokenizer.mask_id]
+    example = f'Paris is the {mask} of France.' if 'mlm' in heads else 'A text.'
+    if heads and heads[0] in ('mlm', 'classification', 'tagging'):
+        return ['from transformers import pipeline', '',
+                f'pipe = pipeline({PIPELINES[heads[0]]!r}, {name!r})', f'print(pipe({example!r}))']
+    return ['from transformers import AutoTokenizer, ' + ARCHITECTURES[heads], '',
+            f'tokenizer = AutoTokenizer.from_pretrained({name!r})',
+            f'model = {ARCHITECTURES[heads]}.from_pretrained({name!r})',
+            f"print(model(**tokenizer({example!r}, return_tensors='pt')))"]

@@ -1,0 +1,80 @@
+"""Where pre-trained models come from: a workdir, a Hugging Face folder or hub name, a TF1 folder."""
+
+import pathlib
+import re
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from bert_jax import checkpoint, huggingface, paths, tf1, workdir
+from bert_jax.cli import UserError
+from bert_jax.data import tokenizer as tokenizers
+from bert_jax.weights import Pretrained
+
+HUB_NAME = re.compile(r'[\w.-]+(/[\w.-]+)?')
+ARCHITECTURE = (('embeddings', ('name', 'vocab_size', 'hidden_size', 'max_length', 'num_segments')),
+                ('encoder', ('name', 'num_layers', 'num_heads', 'mlp_size', 'activation')))
+
+
+def load(path: str) -> Pretrained:
+    """The model that `path` names; of a workdir its best step, if it has a best, else its newest.
+
+    Raises:
+      UserError: nothing of a known kind there, or what is there is damaged or not a BERT.
+    """
+    if paths.is_remote(epath.Path(path)) or (epath.Path(path) / 'checkpoints').exists():
+        return _load_workdir(path)
+    folder = pathlib.Path(path)
+    if not folder.exists():
+        if not HUB_NAME.fullmatch(path):
+            raise UserError(f'{path}: no such folder.')
+        folder = huggingface.download(path)
+    if huggingface.is_folder(folder):
+        return huggingface.read(folder)
+    if tf1.is_folder(folder):
+        return tf1.read(folder)
+    raise UserError(f'{path}: no model there; expected a workdir (config.json, checkpoints/), a Hugging Face folder '
+                    '(config.json, model.safetensors) or a TF1 folder (bert_config.json, bert_model.ckpt.*).')
+
+
+def _load_workdir(path: str) -> Pretrained:
+    config = workdir.read_config(path)
+    params, step, scores = checkpoint.load_params(path, best=config.get('best', ''))
+    labels = epath.Path(path) / 'labels.json'
+    about = {'source': config.get('source', f'a bert_jax workdir, {epath.Path(path).name}'), 'step': step,
+             'scores': scores, 'config': config.to_dict()}
+    return Pretrained(config.model, params, tokenizers.load(path),
+                      tuple(workdir.read_json(labels)) if labels.exists() else (), about)
+
+
+def write_workdir(model: Pretrained, folder: pathlib.Path) -> list[str]:
+    """Writes a workdir to fine-tune from, predict with, or go on from; nothing is lost in it."""
+    config = ConfigDict({'model': model.model.to_dict(), 'source': model.about['source']})
+    opened = workdir.start(folder, config, model.tokenizer)
+    if model.labels:
+        workdir.write_json(opened / 'labels.json', list(model.labels))
+    leaves, tree = jax.tree.flatten(model.params)
+    model.params = None
+    for i, leaf in enumerate(leaves):  # one by one: NumPy's copy goes as JAX's comes
+        leaves[i] = jax.device_put(leaf)
+    checkpoint.write_params(opened / 'checkpoints', jax.tree.unflatten(tree, leaves))
+    return []
+
+
+def check_fits(model: ConfigDict, source: Pretrained, path: str) -> None:
+    """Refuses a checkpoint of another architecture than the config's, with both values of all that differs.
+
+    Raises:
+      UserError: sizes, positions or activation differ.
+    """
+    different = [f'{part}.{key} is {source.model[part].get(key)!r} there, {model[part].get(key)!r} in the config'
+                 for part, keys in ARCHITECTURE for key in keys
+                 if source.model[part].get(key) != model[part].get(key)]
+    if different:
+        raise UserError(f'{path} is another architecture: {"; ".join(different)}.')
+
+
+def size_in_bytes(model: Pretrained) -> int:
+    """Of all parameters."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))

@@ -1,0 +1,146 @@
+"""TF1 folders of google-research/bert: bert_model.ckpt.*, bert_config.json, vocab.txt."""
+
+import functools
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from bert_jax import tf_bundle, weights
+from bert_jax.cli import UserError
+from bert_jax.data import tokenizer as tokenizers
+from bert_jax.weights import Pretrained
+
+SIZES = {  # the original's name -> part and name of ours
+    'vocab_size': ('embeddings', 'vocab_size'), 'hidden_size': ('embeddings', 'hidden_size'),
+    'max_position_embeddings': ('embeddings', 'max_length'), 'type_vocab_size': ('embeddings', 'num_segments'),
+    'num_hidden_layers': ('encoder', 'num_layers'), 'num_attention_heads': ('encoder', 'num_heads'),
+    'intermediate_size': ('encoder', 'mlp_size'), 'hidden_dropout_prob': ('encoder', 'dropout_rate'),
+    'attention_probs_dropout_prob': ('encoder', 'attention_dropout_rate')}
+ACTIVATIONS = {'gelu': 'gelu_new', 'relu': 'relu'}  # the original's name -> ours: its gelu is the tanh form
+SLOTS = re.compile(r'(.*/)?(adam_[mv]|Adam(_1)?|AdamWeightDecayOptimizer.*|lamb_[mv])$|global_step$|beta[12]_power$')
+PREFIX = 'bert_model.ckpt'
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether a local folder is in TF1's format."""
+    return (path / 'bert_config.json').is_file() or bool(list(path.glob('*.ckpt*.index')))
+
+
+def read(folder: pathlib.Path) -> Pretrained:
+    """Reads a folder with the heads that it has; optimizer slots are left out with a word.
+
+    Raises:
+      UserError: missing or damaged files, a variable that is missing or of another shape, a vocabulary that is
+        longer or shorter than its table.
+    """
+    config = _read_config(folder)
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.vocab_size != config['vocab_size']:
+        raise UserError(f'{folder}: its vocab.txt has {tokenizer.vocab_size} entries, but its embedding table '
+                        f'{config["vocab_size"]} (vocab_size in bert_config.json).')
+    prefix, reader = _open(folder)
+    names = set(reader.entries)
+    present = {'mlm': 'cls/predictions/output_bias', 'nsp': 'cls/seq_relationship/output_weights',
+               'classification': 'output_weights', 'span': 'cls/squad/output_weights'}
+    heads = tuple(head for head, name in present.items() if name in names)
+    classes = reader.entries['output_weights'].shape[0] if 'classification' in heads else 0
+    model = _model_config(config, heads, classes)
+    pooler = 'bert/pooler/dense/kernel' in names
+    params = weights.empty_params(model, pooler)
+    wanted = {tensor.tf1: tensor for tensor in weights.tensors(model.encoder.num_layers, heads, pooler)}
+    for name, tensor in wanted.items():
+        if name not in names:
+            raise UserError(f'{prefix}: {name} is missing.')
+        array = _get(prefix, reader, name)
+        expected = weights.fill(params, tensor, array, tensor.tf1_transposed, config['vocab_size'])
+        if expected:
+            raise UserError(f'{prefix}: {name} is {array.shape}; bert_config.json asks for {expected}.')
+    slots = sorted(name for name in names - wanted.keys() if SLOTS.match(name))
+    rest = sorted(names - wanted.keys() - set(slots))
+    notes = [f'left out: {len(slots)} variables of the optimizer.'] if slots else []
+    notes += [f'left out, without a counterpart here: {", ".join(rest)}.'] if rest else []
+    labels = tuple(f'LABEL_{i}' for i in range(classes))
+    return Pretrained(model, params, tokenizer, labels, {'source': f'TF1 checkpoint, {prefix}'}, notes)
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / 'bert_config.json'
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f'{file}: not to be read as JSON ({error}).') from error
+    missing = [key for key in (*SIZES, 'hidden_act') if key not in config]
+    if missing:
+        raise UserError(f'{file}: lacks {", ".join(missing)}.')
+    if config['hidden_act'] not in ACTIVATIONS:
+        raise UserError(f'{file}: hidden_act {config["hidden_act"]!r} is not supported; known: {", ".join(ACTIVATIONS)}.')
+    return config
+
+
+def _model_config(config: dict[str, Any], heads: tuple[str, ...], classes: int) -> ConfigDict:
+    model = ConfigDict({'embeddings': {'name': 'bert'}, 'encoder': {'name': 'transformer'}, 'targets': {},
+                        'dtype': 'float32'})
+    for theirs, (part, name) in SIZES.items():
+        model[part][name] = config[theirs]
+    model.embeddings.dropout_rate = model.encoder.dropout_rate
+    model.encoder.activation = ACTIVATIONS[config['hidden_act']]
+    model.encoder.layer_outputs = ()
+    model.encoder.unroll = model.encoder.num_layers
+    options = {'mlm': {'vocab_size': model.embeddings.vocab_size, 'activation': model.encoder.activation},
+               'classification': {'num_classes': classes, 'dropout_rate': 0.1}}  # run_classifier.py's constant
+    for head in heads:
+        model.targets[head] = ConfigDict(options.get(head, {}) | {'weight': 1.0})
+    return model
+
+
+def _open(folder: pathlib.Path) -> tuple[str, tf_bundle.Reader]:
+    prefixes = sorted(str(file).removesuffix('.index') for file in folder.glob('*.index'))
+    if len(prefixes) != 1:
+        found = ', '.join(prefixes) or 'none'
+        raise UserError(f'{folder}: one checkpoint (NAME.index, NAME.data-*) is expected there; found: {found}.')
+    try:
+        return prefixes[0], tf_bundle.Reader(prefixes[0])
+    except tf_bundle.Damaged as error:
+        raise UserError(f'{prefixes[0]}: {error}.') from error
+
+
+def _get(prefix: str, reader: tf_bundle.Reader, name: str) -> np.ndarray:
+    try:
+        return reader.read(name)
+    except tf_bundle.Damaged as error:
+        raise UserError(f'{prefix}: {error}.') from error
+    except OSError as error:
+        raise UserError(f'{error.filename}: {error.strerror}.') from error
+
+
+def write(model: Pretrained, folder: pathlib.Path) -> list[str]:
+    """Writes a folder with the original code's variable names; says what has no counterpart there."""
+    notes = []
+    if model.tokenizer.kind != 'wordpiece':
+        notes.append('the original code reads vocab.txt only; tokenizer.model stands in its place.')
+    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}.get(model.model.encoder.activation)
+    if activation is None:
+        activation = 'gelu'
+        notes.append(f'activation {model.model.encoder.activation} (erf) does not exist in the original code; its '
+                     "'gelu', the tanh form, is written: outputs differ in the fourth digit.")
+    heads = {tensor.ours.split('/')[0] for tensor in weights.of(model) if tensor.tf1 is None}
+    heads |= {f'targets_{target}' for target in model.model.targets if target not in weights.HEADS}
+    notes += [f'left out, the original code has no such head: {head.removeprefix("targets_")}.' for head in sorted(heads)]
+    if model.labels:
+        notes.append('the original code keeps no label names; labels.txt has them.')
+        (folder / 'labels.txt').write_text('\n'.join(model.labels) + '\n')
+    def array_of(tensor: weights.Tensor) -> np.ndarray:
+        array = weights.view(model.params, tensor, model.tokenizer.vocab_size)
+        return weights.matrix(tensor, array, tensor.tf1_transposed)
+
+    tf_bundle.write(str(folder / PREFIX), {
+        tensor.tf1: functools.partial(array_of, tensor) for tensor in weights.of(model) if tensor.tf1 is not None})
+    config = {theirs: model.model[part][name] for theirs, (part, name) in SIZES.items()}
+    config |= {'hidden_act': activation, 'initializer_range': 0.02}
+    (folder / 'bert_config.json').write_text(json.dumps(dict(sorted(config.items())), indent=2) + '\n')
+    model.tokenizer.save(folder)
+    return notes
