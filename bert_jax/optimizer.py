@@ -14,6 +14,7 @@ from bert_jax.cli import choose
 
 NOT_DECAYED = ('bias', 'scale')  # biases and LayerNorm
 STACKED = 'layers'  # parameters below it have the layer as leading axis
+JOINED = 'qkv'      # arrays [..., 3, K] that are three of the original's
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, num_steps: int) -> float:
@@ -93,8 +94,10 @@ def decay_mask(params: optax.Params) -> optax.Params:
 
 def _trust_ratio() -> optax.GradientTransformation:
     def scale(path: tuple, update: jax.Array, param: jax.Array) -> jax.Array:
-        first = 1 if STACKED in [key.key for key in path] else 0
-        axes = tuple(range(first, param.ndim))
+        names = [key.key for key in path]
+        apart = {0} if STACKED in names else set()                         # each layer on its own,
+        apart |= {param.ndim - 2} if JOINED in names else set()            # and query, key and value
+        axes = tuple(sorted(set(range(param.ndim)) - apart))
         norm = jnp.sqrt(jnp.sum(param**2, axes, keepdims=True))
         size = jnp.sqrt(jnp.sum(update**2, axes, keepdims=True))
         ratio = jnp.where((norm > 0) & (size > 0), norm / jnp.where(size > 0, size, 1), 1.0)

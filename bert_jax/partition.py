@@ -110,5 +110,5 @@ def logical_axes(mesh: Mesh, split_batch: bool = True) -> Iterator[None]:
     Inside a computation that is mapped over shards already, `split_batch` is False.
     """
     rules = tuple((name, axes) for name, axes in LOGICAL_RULES if split_batch or name != 'batch')
-    with mesh, nn.logical_axis_rules(rules):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
         yield

@@ -19,7 +19,7 @@ def params():
             'embeddings': {'token': rng.normal(size=(7, 4))}}
 
 
-def numpy_steps(tree, grads, rate, correct, lamb, b1, b2, eps, weight_decay, clip_norm):
+def numpy_steps(tree, grads, rate, correct, lamb, b1, b2, eps, weight_decay, clip_norm, after=lambda tree: None):
     """Loshchilov & Hutter's AdamW and You et al.'s LAMB, a leaf and a layer at a time, in float64."""
     flat, layout = jax.tree.flatten(tree)
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -41,6 +41,7 @@ def numpy_steps(tree, grads, rate, correct, lamb, b1, b2, eps, weight_decay, cli
                 for layer in layers:
                     u[layer] *= np.linalg.norm(flat[i][layer]) / np.linalg.norm(u[layer])
             flat[i] = flat[i] - rate * u
+        after(jax.tree.unflatten(layout, flat))
     return jax.tree.unflatten(layout, flat)
 
 
