@@ -23,8 +23,8 @@ def _avoid_wrong_numbers_on_cpu() -> None:
 _avoid_wrong_numbers_on_cpu()
 
 
-def load(workdir: str):  # noqa: ANN201 - the annotation would import JAX here
-    """Loads a pre-trained or fine-tuned model from its workdir; see `bert_jax.predict.Predictor`."""
+def load(path: str):  # noqa: ANN201 - the annotation would import JAX here
+    """Loads a model from a workdir, Hugging Face folder or name, or TF1 folder; see `bert_jax.predict.Predictor`."""
     from bert_jax import predict
 
-    return predict.load(workdir)
+    return predict.load(path)

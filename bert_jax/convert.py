@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument('--from', required=True, dest='source', metavar='PATH', help='a folder, or a name on the hub')
     parser.add_argument('--to', required=True, metavar='PATH', help='the folder to write; must be new or empty')
     parser.add_argument('--format', required=True, choices=FORMATS)
-    parser.add_argument('--name', default='', help='the name in the model card, such as you/my-bert (default: the folder)')
+    parser.add_argument('--name', default='', 
+                        help='the name in the model card, such as you/my-bert (default: the folder)')
     parser.add_argument('--license', default='unknown', metavar='ID',
                         help="the model card's licence field, such as apache-2.0 (default: unknown)")
     args = parser.parse_args()
@@ -53,7 +54,8 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
     start = time.perf_counter()
     model = pretrained.load(source)
     size = pretrained.size_in_bytes(model)
-    print(f'{source}: {model.about["source"]}; targets: {", ".join(model.model.targets) or "none"}; {size / 1e6:,.0f} MB.')
+    targets = ', '.join(model.model.targets) or 'none'
+    print(f'{source}: {model.about["source"]}; targets: {targets}; {size / 1e6:,.0f} MB.')
     notes = model.notes + write_whole(model, folder, form, name or folder.name, licence)
     for note in notes:
         print(f'note: {note}')

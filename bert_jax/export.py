@@ -5,7 +5,8 @@
 
 The folder holds a serialised jax.export program for each length, each for cpu, cuda and tpu and for any batch
 size; the weights; the tokenizer's files; the label names; and example.py, which needs jax and the tokenizer's
-library only. A text longer than the longest length is cut to it.
+library only (flatbuffers, with which jax.export reads programs, lies beside it). A text longer than the longest
+length is cut to it.
 """
 
 import json
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import flatbuffers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,8 +62,9 @@ def export(source: str, lengths: list[int], output: str) -> None:
     if target is None:
         raise UserError(f'{source}: its heads ({", ".join(model.model.targets) or "none"}) are not exported; '
                         f'known: {", ".join(KINDS)}.')
-    if not 3 <= lengths[0] or lengths[-1] > model.model.embeddings.max_length:
-        raise UserError(f'--lengths {lengths}: from 3 to {model.model.embeddings.max_length}, the positions of {source}.')
+    positions = model.model.embeddings.max_length
+    if lengths[0] < 3 or lengths[-1] > positions:
+        raise UserError(f'--lengths {lengths}: from 3 to {positions}, the positions of {source}.')
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as beside:
@@ -94,6 +97,8 @@ def _write(model: Pretrained, target: str, lengths: list[int], folder: pathlib.P
     (folder / 'export.json').write_text(json.dumps(about, ensure_ascii=False, indent=1) + '\n')
     huggingface.write_tokenizer(model.tokenizer, folder, lengths[-1])
     shutil.copy(export_example.__file__, folder / 'example.py')
+    shutil.copytree(pathlib.Path(flatbuffers.__file__).parent, folder / 'flatbuffers',
+                    ignore=shutil.ignore_patterns('__pycache__'))
 
 
 def program(model: Pretrained, target: str) -> Callable[[dict[str, jax.Array], dict[str, jax.Array]], jax.Array]:

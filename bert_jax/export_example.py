@@ -12,13 +12,14 @@ import pathlib
 import sys
 
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '')
-from importlib import metadata  # noqa: E402
+from importlib import metadata
 
+sys.path.append(str(pathlib.Path(__file__).parent))  # flatbuffers, which jax.export reads programs with
 if tuple(map(int, metadata.version('jaxlib').split('.')[:3])) >= (0, 10, 2):  # wrong numbers on CPU without it
     os.environ['XLA_FLAGS'] += ' --xla_cpu_experimental_ynn_fusion_type='
 
-import numpy as np  # noqa: E402
-from jax import export  # noqa: E402
+import numpy as np
+from jax import export
 
 MASK = '[MASK]'
 

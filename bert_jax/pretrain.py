@@ -55,14 +55,16 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     mesh = partition.make_mesh(config.mesh)
     check(config, mesh)
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
+    source = load_checkpoint(config, data.tokenizer) if config.init_from else None
     folder = workdir.start(path, config, data.tokenizer)
     phases = [Phase(*phase, first) for phase, first in zip(config.phases, _first_steps(config.phases))]
     streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length)
                for phase in phases}
 
     state = train.init_state(model, tx, streams[phases[0].max_length].make(0, np.arange(1)), config.seed, mesh)
-    if config.init_from:
-        state = state.replace(params=checkpoint.warm_start(state.params, load_checkpoint(config, data.tokenizer)))
+    if source is not None:
+        state = state.replace(params=checkpoint.warm_start(state.params, source))
+        del source
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
     state = checkpoints.resume(state)
     start, num_steps = int(state.step), phases[-1].stop

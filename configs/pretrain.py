@@ -22,7 +22,7 @@ def get_config(arg='base'):
 
     c = ConfigDict()
     c.store = ''                    # made by bert_jax.prepare
-    c.init_from = ''                # a workdir to go on from, for in-domain pre-training
+    c.init_from = ''                # a workdir, Hugging Face or TF1 folder to go on from, for in-domain pre-training
     c.seed = 0
 
     c.phases = ((900_000, 128, 256), (100_000, 512, 256))

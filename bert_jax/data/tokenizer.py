@@ -65,6 +65,11 @@ class Tokenizer:
         """V, the number of entries; models pad it inside, files never show the padding."""
         return len(self.pieces)
 
+    @property
+    def lowercases(self) -> bool:
+        """Whether a WordPiece tokenizer takes upper and lower case as one."""
+        return self.kind == 'wordpiece' and json.loads(self._files['tokenizer_config.json'])['do_lower_case']
+
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256 over the tokenizer's files: equal when and only when the ids mean the same."""
@@ -120,7 +125,7 @@ class Tokenizer:
         return ' '.join(self.pieces[i] for i in ids).replace(' ##', '')
 
     def as_library(self, max_length: int) -> tokenizers.Tokenizer:
-        """The same tokenizer for the `tokenizers` library: [CLS] A [SEP] (B [SEP]), cut at max_length, specials matched.
+        """The same for the `tokenizers` library: [CLS] A [SEP] (B [SEP]), cut at max_length, specials matched.
 
         Raises:
           UserError: a SentencePiece model of another kind than unigram.
@@ -278,8 +283,9 @@ def _unigram(model: bytes) -> tokenizers.Tokenizer:
     spec = sentencepiece_model_pb2.ModelProto.FromString(model)
     if spec.trainer_spec.model_type != spec.trainer_spec.UNIGRAM:
         raise UserError('Only SentencePiece models of type unigram can be written for the tokenizers library.')
+    scores = [(piece.piece, piece.score) for piece in spec.pieces]
     backend = tokenizers.Tokenizer(tokenizers.models.Unigram(
-        [(piece.piece, piece.score) for piece in spec.pieces], spec.trainer_spec.unk_id, spec.trainer_spec.byte_fallback))
+        scores, spec.trainer_spec.unk_id, spec.trainer_spec.byte_fallback))
     steps = [tokenizers.normalizers.Precompiled(spec.normalizer_spec.precompiled_charsmap)
              ] if spec.normalizer_spec.precompiled_charsmap else []
     steps.append(tokenizers.normalizers.Replace(tokenizers.Regex(' {2,}'), ' '))
