@@ -7,6 +7,7 @@ Prints how many lines differ, and why: docs/conversion.md lists the classes. Cas
 
 import argparse
 import collections
+import fileinput
 import glob
 import itertools
 import unicodedata
@@ -61,12 +62,13 @@ def main():
     parser.add_argument('--lines', type=int, default=100_000)
     args = parser.parse_args()
     ours, legacy, lower = both(args.vocab)
-    lines = (line.rstrip('\n') for file in sorted(glob.glob(args.input)) for line in open(file, encoding='utf-8'))
     total, reasons = 0, collections.Counter()
-    for line in itertools.islice(lines, args.lines):
-        total += 1
-        if ours.encode(line) != legacy(line):
-            reasons[', '.join(sorted(explain(line, lower))) or f'unexplained: {line[:200]}'] += 1
+    with fileinput.input(sorted(glob.glob(args.input)), encoding='utf-8') as lines:
+        for line in itertools.islice(lines, args.lines):
+            line = line.rstrip('\n')
+            total += 1
+            if ours.encode(line) != legacy(line):
+                reasons[', '.join(sorted(explain(line, lower))) or f'unexplained: {line[:200]}'] += 1
     print(f'{total:,} lines, {"uncased" if lower else "cased"}: {reasons.total()} differ')
     for reason, count in reasons.most_common():
         print(f'  {count:6}  {reason}')

@@ -164,7 +164,7 @@ def write_params(folder: epath.PathLike, params: Any) -> None:
     """
     step = paths.absolute(folder) / f'{0:08d}'
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        with ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
         _write_manifest(step, 0, {})
     except (OSError, ValueError, RuntimeError) as error:

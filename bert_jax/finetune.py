@@ -4,8 +4,9 @@
         --config.task.train_file=mine.csv --workdir W
 
 Takes sentences or pairs from CSV, TSV or JSON lines with your own column names, or a GLUE folder
-(:sst2, :mrpc). W0 is a workdir, a Hugging Face folder or name, or a TF1 folder. Keeps the checkpoint that is best on the dev split, writes its scores to results.json and its
-predictions to predictions_dev.tsv and predictions_test.tsv. Started again with the same command, it resumes.
+(:sst2, :mrpc). W0 is a workdir, a Hugging Face folder or name, or a TF1 folder. Keeps the checkpoint that is best
+on the dev split, writes its scores to results.json and its predictions to predictions_dev.tsv and
+predictions_test.tsv. Started again with the same command, it resumes.
 """
 
 import csv

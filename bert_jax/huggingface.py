@@ -35,6 +35,7 @@ SIZES = {  # Hugging Face's name -> part and name of ours
 EXPECTED = {'layer_norm_eps': 1e-12, 'position_embedding_type': 'absolute', 'is_decoder': False,
             'add_cross_attention': False, 'tie_word_embeddings': True}
 FILES = ['config.json', '*.safetensors', 'model.safetensors.index.json', 'vocab.txt', 'tokenizer*.json', '*.model']
+PICKLES = ['pytorch_model*.bin', 'pytorch_model.bin.index.json']  # where there are no safetensors
 BUFFERS = re.compile(r'(bert\.)?embeddings\.(position_ids|token_type_ids)$')
 TIED = {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
         'cls.predictions.decoder.bias': 'cls.predictions.bias'}
@@ -55,7 +56,7 @@ def download(name: str) -> pathlib.Path:
     try:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
         if not list(folder.glob('*.safetensors')):
-            huggingface_hub.snapshot_download(name, allow_patterns=['pytorch_model*.bin', 'pytorch_model.bin.index.json'])
+            huggingface_hub.snapshot_download(name, allow_patterns=PICKLES)
         return folder
     except Exception as error:  # the hub's own errors, those of its HTTP client, OSError
         raise UserError(
@@ -103,14 +104,16 @@ def read(folder: pathlib.Path) -> Pretrained:
     rest = sorted(name for name in theirs if name not in TIED)
     if rest:
         notes.append('left out, without a counterpart here: ' + ', '.join(rest) + '.')
-    return Pretrained(model, params, tokenizer, _labels(config, heads, model), {'source': f'Hugging Face, {folder}'}, notes)
+    about = {'source': f'Hugging Face, {folder}'}
+    return Pretrained(model, params, tokenizer, _labels(config, heads, model), about, notes)
 
 
 def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
     known = ', '.join(ARCHITECTURES.values())
     for name in (config.get('architectures') or ['BertModel']):
         if config.get('model_type', 'bert') != 'bert' or name not in ARCHITECTURES.values():
-            raise UserError(f'{folder}: {name} (model_type {config.get("model_type")!r}) is not supported; known: {known}.')
+            kind = config.get('model_type')
+            raise UserError(f'{folder}: {name} (model_type {kind!r}) is not supported; known: {known}.')
     missing = [key for key in SIZES if key not in config]
     if missing:
         raise UserError(f'{folder}: config.json lacks {", ".join(missing)}.')
@@ -192,7 +195,7 @@ def _heads(folder: pathlib.Path, config: dict[str, Any], names: dict[str, str]) 
         return heads
     named = [heads for heads, name in ARCHITECTURES.items() if name in (config.get('architectures') or ())]
     if not named or named[0][:1] not in (('classification',), ('tagging',), ('multiple_choice',)):
-        raise UserError(f'{folder}: there is a classifier, but architectures in config.json does not say of which kind.')
+        raise UserError(f'{folder}: there is a classifier; architectures in config.json does not say of which kind.')
     return (*heads, named[0][0])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bert_jax import tf_bundle, weights
-from bert_jax.cli import UserError
+from bert_jax.cli import UserError, unknown
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.weights import Pretrained
 
@@ -77,7 +77,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     if missing:
         raise UserError(f'{file}: lacks {", ".join(missing)}.')
     if config['hidden_act'] not in ACTIVATIONS:
-        raise UserError(f'{file}: hidden_act {config["hidden_act"]!r} is not supported; known: {", ".join(ACTIVATIONS)}.')
+        raise unknown('hidden_act in bert_config.json', config['hidden_act'], ACTIVATIONS)
     return config
 
 
@@ -129,7 +129,8 @@ def write(model: Pretrained, folder: pathlib.Path) -> list[str]:
                      "'gelu', the tanh form, is written: outputs differ in the fourth digit.")
     heads = {tensor.ours.split('/')[0] for tensor in weights.of(model) if tensor.tf1 is None}
     heads |= {f'targets_{target}' for target in model.model.targets if target not in weights.HEADS}
-    notes += [f'left out, the original code has no such head: {head.removeprefix("targets_")}.' for head in sorted(heads)]
+    notes += [f'left out, the original code has no such head: {head.removeprefix("targets_")}.'
+              for head in sorted(heads)]
     if model.labels:
         notes.append('the original code keeps no label names; labels.txt has them.')
         (folder / 'labels.txt').write_text('\n'.join(model.labels) + '\n')

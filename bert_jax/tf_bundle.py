@@ -76,7 +76,7 @@ class Reader:
 
 
 def write(prefix: str, variables: Mapping[str, Callable[[], np.ndarray]]) -> None:
-    """Writes float32 variables, each made when its turn comes; tf.train.load_checkpoint(prefix) and TF1's Saver read them."""
+    """Writes float32 variables, each made when its turn comes, for tf.train.load_checkpoint(prefix) and TF1's Saver."""
     offset, rows = 0, [(b'', HEADER)]
     with open(f'{prefix}.data-00000-of-00001', 'wb') as data:
         for name in sorted(variables, key=str.encode):
@@ -140,8 +140,9 @@ def _entry(message: bytes) -> Entry:
     if 7 in fields:
         raise Damaged('a variable is stored in slices')
     shape = tuple(_fields(size).get(1, 0) for number, size in _all_fields(fields.get(2, b'')) if number == 2)
-    entry = Entry(np.dtype(DTYPES[fields[1]]), shape, fields.get(3, 0), fields.get(4, 0), fields.get(5, 0), fields.get(6, 0))
-    if math.prod(shape) * entry.dtype.itemsize != entry.size:
+    shard, offset, size, crc = (fields.get(number, 0) for number in (3, 4, 5, 6))
+    entry = Entry(np.dtype(DTYPES[fields[1]]), shape, shard, offset, size, crc)
+    if math.prod(shape) * entry.dtype.itemsize != size:
         raise Damaged('a variable has another size than its shape')
     return entry
 

@@ -19,7 +19,7 @@ def get_config(task='classification'):
     if task not in TASKS:
         raise ValueError(f'unknown task {task!r}; known: {", ".join(TASKS)}')
     c = ConfigDict()
-    c.init_from = ''                # a workdir, Hugging Face folder or name, or TF1 folder: architecture, tokenizer, weights
+    c.init_from = ''                # a workdir, Hugging Face folder or name, or TF1 folder
     c.from_scratch = False          # True: its architecture and tokenizer, but random weights
     c.seed = 0
     c.task = ConfigDict(TASKS[task])

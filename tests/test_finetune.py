@@ -110,7 +110,7 @@ def test_filling_masks(pretrained, tmp_path):
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
     expect_error(run_module('predict', '--workdir', pretrained, 'no mask'), 'No [MASK]')
     expect_error(run_module('predict', '--workdir', pretrained), 'No text')
-    expect_error(run_module('predict', '--workdir', tmp_path, 'x'), 'not a workdir')
+    expect_error(run_module('predict', '--workdir', tmp_path, 'x'), 'no model there', 'expected a workdir')
     expect_error(run_module('predict', '--workdir', pretrained, '--input', tmp_path / 'none.txt'), 'none.txt')
 
 

@@ -157,23 +157,58 @@ def test_the_contract_of_encoders(name):
         assert encoded.layers[part].shape == (2, 8, L, 4, D // 4)
 
 
+def fine_tuning_labels(name):
+    """Labels of each kind, some of them missing."""
+    rng = np.random.default_rng(1)
+    if name == 'tagging':
+        return {'label_ids': rng.integers(-1, 3, (8, L)).astype(np.int32)}
+    if name == 'span':
+        return {f'{side}_positions': rng.integers(0, 5, 8).astype(np.int32) for side in ('start', 'end')} | {
+            'is_real_example': np.array([1, 1, 1, 0, 1, 1, 0, 1], np.int32)}
+    if name == 'multiple_choice':  # the second question has one choice only, the last row pair is padding
+        return {'label_ids': np.array([0, 1, 1, 0, 1, 0, 0, 0], np.int32),
+                'is_real_example': np.array([1, 1, 1, 0, 1, 1, 0, 0], np.int32)}
+    return {}
+
+
 @pytest.mark.parametrize('name', TARGETS)
 def test_the_contract_of_targets(name):
     c = config()
     kwargs = {'mlm': {'vocab_size': V, 'activation': 'gelu'}, 'nsp': {},
-              'classification': {'num_classes': 3, 'dropout_rate': 0.1}}
+              'classification': {'num_classes': 3, 'dropout_rate': 0.1}, 'tagging': {'num_classes': 3, 'dropout_rate': 0.1},
+              'span': {}, 'multiple_choice': {'num_choices': 2, 'dropout_rate': 0.1}}
     c.targets = {name: {'weight': 1.0, **kwargs[name]}}
-    model, example = models.build(c), batch()
+    model, example = models.build(c), batch() | fine_tuning_labels(name)
     params = random_params(model, example)
     losses = model.apply({'params': params}, example, train=False, method='losses')[name]
     counts = model.apply({}, example, method='counts')
     assert float(losses['loss'].count) == float(counts[name]) > 0
-    halves = [{k: v[s] for k, v in example.items()} for s in (slice(0, 3), slice(3, 8))]  # a loss is a sum and a count
+    halves = [{k: v[s] for k, v in example.items()} for s in (slice(0, 2), slice(2, 8))]  # a loss is a sum and a count
     parts = [model.apply({'params': params}, half, train=False, method='losses')[name] for half in halves]
     for term, mean in losses.items():
         both = parts[0][term] + parts[1][term]
         np.testing.assert_allclose([both.total, both.count], [mean.total, mean.count], rtol=1e-5)
     assert ('pooler' in params) == model.targets[name].uses_pooled
+
+
+def test_losses_of_tags_spans_and_choices_against_pytorch():
+    """Cross-entropy over the labelled tokens; start and end alike; a softmax over the choices that exist."""
+    example = batch() | {'input_mask': batch()['input_mask']}
+    for name, target, outputs, expected in (
+            ('tagging', TARGETS['tagging'](3, 0.0), {'logits': np.random.default_rng(0).normal(size=(8, L, 3))},
+             lambda o, e: torch.nn.functional.cross_entropy(o['logits'].flatten(0, 1), e['label_ids'].long().flatten(),
+                                                            ignore_index=-1)),
+            ('span', TARGETS['span'](), {f'{side}_logits': np.random.default_rng(i).normal(size=(8, L))
+                                         for i, side in enumerate(('start', 'end'))},
+             lambda o, e: sum(torch.nn.functional.cross_entropy(o[f'{side}_logits'], e[f'{side}_positions'].long(), reduction='none')[
+                 e['is_real_example'] > 0].mean() for side in ('start', 'end')) / 2),
+            ('multiple_choice', TARGETS['multiple_choice'](2, 0.0),
+             {'logits': np.where(np.reshape([1, 1, 1, 0, 1, 1, 0, 0], (4, 2)), np.random.default_rng(0).normal(size=(4, 2)), -1e9)},
+             lambda o, e: torch.nn.functional.cross_entropy(o['logits'][:3], torch.tensor([1, 0, 0])))):
+        labels = example | fine_tuning_labels(name)
+        loss = target.losses({k: jnp.asarray(v, jnp.float32) for k, v in outputs.items()}, labels)['loss']
+        theirs = expected({k: torch.tensor(v) for k, v in outputs.items()}, {k: torch.tensor(v) for k, v in labels.items()})
+        assert float(loss.total / loss.count) == pytest.approx(float(theirs), rel=1e-5), name
 
 
 @pytest.mark.parametrize('shape', [(64, 64), (32, 5, 7, 33)])

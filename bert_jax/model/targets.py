@@ -157,7 +157,8 @@ class Span(nn.Module):
         start = _cross_entropy(outputs['start_logits'], batch['start_positions'], weights)['loss']
         end = _cross_entropy(outputs['end_logits'], batch['end_positions'], weights)['loss']
         right = [jnp.argmax(outputs[f'{side}_logits'], -1) == batch[f'{side}_positions'] for side in ('start', 'end')]
-        return {'loss': Mean((start.total + end.total) / 2, start.count), 'exact': Mean.of(right[0] & right[1], weights)}
+        return {'loss': Mean((start.total + end.total) / 2, start.count),
+                'exact': Mean.of(right[0] & right[1], weights)}
 
     def count(self, batch: Batch) -> jax.Array:
         """Real examples."""
