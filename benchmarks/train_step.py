@@ -95,9 +95,9 @@ def ours(args):
     config.model.embeddings.vocab_size = 30522
     mesh, model = partition.make_mesh(config.mesh), models.build(config.model)
     tx, batch = optimizer.make_optimizer(**config.optimizer), example(args)
-    state = train.init_state(model, tx, batch, 0, mesh)
-    step = train.make_train_step(model, tx, 0, mesh, 1, state)
-    hyper = train.as_hyper(1e-4, models.target_weights(config.model))
+    state = train.make_init(model, tx, {name: value[:1] for name, value in batch.items()}, mesh)(0)
+    step = train.make_train_step(model, tx, mesh, 1, state)
+    hyper = train.as_hyper(1e-4, models.target_weights(config.model), 0)
 
     def run():
         nonlocal state

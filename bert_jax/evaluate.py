@@ -5,10 +5,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from bert_jax import partition
 from bert_jax.data.batches import Batch, place
+from bert_jax.data.encoded import Encoded
 from bert_jax.metrics import merge
+
+PER_TOKEN = ('tagging', 'span')  # targets whose outputs have an axis of tokens
 
 
 def make_eval_step(model: nn.Module, mesh: jax.sharding.Mesh) -> Callable:
@@ -39,3 +43,27 @@ def evaluate(loss_step: Callable, params: Any, batches: Iterable[Batch], mesh: j
     """Means over batches whose padding rows weigh nothing; sums are merged in float64."""
     sharding = partition.batch_sharding(mesh)
     return merge(jax.device_get([loss_step(params, place(batch, sharding)) for batch in batches]))
+
+
+def predict(apply: Callable[[Batch], tuple[dict[str, Any], dict[str, Any]]], data: Encoded, batch_size: int, target: str
+            ) -> tuple[dict[str, Any], float]:
+    """A target's outputs for every example once, in the order of the data, and the mean loss.
+
+    Outputs with an axis of tokens come as a list of arrays, each cut to its row's length; others as [N, ...].
+    """
+    parts: dict[str, list[Any]] = {}
+    order, losses = [], []
+    for numbers, batch in data.evaluation_batches(batch_size):
+        outputs, terms = jax.device_get(apply(batch))
+        losses.append({'loss': terms[target]['loss']} if terms else {})
+        order.append(numbers)
+        for name, values in outputs[target].items():
+            values = values[:len(numbers)]
+            if target in PER_TOKEN:
+                values = [row[:size] for row, size in zip(values, data.longest[numbers])]
+            parts.setdefault(name, []).extend(values)
+    back = np.argsort(np.concatenate(order))
+    ordered = {name: [values[i] for i in back] for name, values in parts.items()}
+    if target not in PER_TOKEN:
+        ordered = {name: np.stack(values) for name, values in ordered.items()}
+    return ordered, merge(losses).get('loss', float('nan'))

@@ -3,17 +3,18 @@
     python -m bert_jax.finetune --config configs/finetune.py:classification --config.init_from=W0 \\
         --config.task.train_file=mine.csv --workdir W
 
-Takes sentences or pairs from CSV, TSV or JSON lines with your own column names, or a GLUE folder
-(:sst2, :mrpc). W0 is a workdir, a Hugging Face folder or name, or a TF1 folder. Keeps the checkpoint that is best
-on the dev split, writes its scores to results.json and its predictions to predictions_dev.tsv and
-predictions_test.tsv. Started again with the same command, it resumes.
+Tasks: GLUE's (cola sst2 mrpc stsb qqp mnli qnli rte wnli), squad1 squad2 swag commonsenseqa conll2003, and your own
+data as classification, multilabel, regression, tagging, span or choice (docs/finetuning.md has the formats). W0 is a
+workdir, a Hugging Face folder or name, or a TF1 folder; another task's workdir too.
+
+Keeps the checkpoint that is best on the dev split, and writes scores to results.json, predictions of every dev and
+test split, curves.png. --config.seeds=5 and --config.sweep=paper run restarts and the paper's grid in one process
+and choose by the dev split. Started again with the same command, it resumes.
 """
 
-import csv
+import dataclasses
 import functools
-import io
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,10 +22,25 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from bert_jax import checkpoint, cli, evaluate, metrics, optimizer, partition, plots, pretrained, train, workdir
+from bert_jax import (
+    checkpoint,
+    cli,
+    evaluate,
+    metrics,
+    optimizer,
+    partition,
+    paths,
+    plots,
+    pretrained,
+    sweep,
+    train,
+    workdir,
+)
 from bert_jax.cli import UserError, choose, unknown
-from bert_jax.data import batches, examples, tasks
+from bert_jax.data import batches, encoded, examples, glue, tasks
+from bert_jax.data.task import Task
 from bert_jax.model import model as models
+from bert_jax.weights import Pretrained
 
 
 def main() -> None:
@@ -43,79 +59,122 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
     """
     if not config.init_from:
         raise UserError('--config.init_from=W0 is missing: a workdir, a Hugging Face folder or name, or a TF1 folder.')
-    source = pretrained.load(config.init_from)
-    tokenizer = source.tokenizer
-    task = choose('task', tasks.TASKS, config.task.name)(**{k: v for k, v in config.task.items() if k != 'name'})
-    describe_model(config, source.model, len(task.labels))
-    mesh = partition.make_mesh(config.mesh)
-    examples.check_batch_size(config.batch_size, partition.data_devices(mesh), config.accumulation)
-    encoded = {split: tasks.encode(rows, task.labels, tokenizer, config.max_length)
-               for split, rows in task.splits.items() if rows}
-    _print_task(config, task, encoded)
-    folder = workdir.start(path, config, tokenizer)
-    workdir.write_json(folder / 'labels.json', list(task.labels))
+    runs = sweep.expand(config)
+    if len(runs) == 1:
+        return run(Job(config), config, path)
+    return sweep.run_all(config, path, runs, Job, run)
 
-    model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
-    state = train.init_state(model, tx, encoded['train'].make(np.arange(1), 1), config.seed, mesh)
-    if not config.from_scratch:
-        state = state.replace(params=checkpoint.warm_start(state.params, source.params, fresh=('targets_',)))
-    del source
-    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints, config.best)
-    eval_step = evaluate.make_eval_step(model, mesh)
-    score = functools.partial(_score, eval_step, mesh, encoded['dev'], task.labels, config.batch_size)
-    state = _train(config, checkpoints.resume(state), model, tx, mesh, encoded['train'], score, checkpoints, folder)
 
-    if config.best not in checkpoints.scores(checkpoints.steps()[-1]):
-        raise unknown('score for --config.best', config.best, checkpoints.scores(checkpoints.steps()[-1]))
+class Job:
+    """What runs of one sweep share: data, model, and programs that are compiled once for each shape.
+
+    Attributes:
+      task, kind: what is learned.
+      source: the pre-trained model.
+      data: split -> its examples as ids.
+      model_config: the checkpoint's embeddings and encoder, this task's target.
+      init: seed -> a fresh state.
+      step, eval_step: jitted.
+    """
+
+    def __init__(self, config: ConfigDict) -> None:
+        self.source: Pretrained = pretrained.load(config.init_from)
+        settings = {key: value for key, value in config.task.items() if key != 'name'}
+        self.task: Task = choose('task', tasks.TASKS, config.task.name)(**settings)
+        self.kind = tasks.KINDS[self.task.kind]
+        self.model_config = describe_model(config, self.source.model, self.kind.target, self.kind.options(self.task))
+        self.mesh = partition.make_mesh(config.mesh)
+        self.data = self._encode(config)
+        _print_task(config, self.task, self.data)
+        self.model = models.build(self.model_config)
+        self.tx = optimizer.make_optimizer(**config.optimizer)
+        self.init = train.make_init(self.model, self.tx, self.data['train'].make(np.arange(1), 1), self.mesh)
+        state = jax.eval_shape(lambda: self.init(0))
+        self.step = train.make_train_step(self.model, self.tx, self.mesh, config.accumulation, state)
+        self.eval_step = evaluate.make_eval_step(self.model, self.mesh)
+
+    def _encode(self, config: ConfigDict) -> dict[str, encoded.Encoded]:
+        def encode(split: str, lengths: tuple[int, ...]) -> encoded.Encoded:
+            return self.kind.module.encode(self.task, self.task.splits[split], self.source.tokenizer, config.max_length,
+                                           lengths)
+
+        rows = encode('train', (config.max_length,))
+        lengths = encoded.choose_lengths(rows.longest, config.max_length, config.num_lengths)
+        return {'train': dataclasses.replace(rows, lengths=lengths)} | {
+            split: encode(split, lengths) for split, found in self.task.splits.items() if found and split != 'train'}
+
+
+def describe_model(config: ConfigDict, source: ConfigDict, target: str, options: dict[str, Any]) -> ConfigDict:
+    """The checkpoint's embeddings and encoder, this run's dropout, the task's target."""
+    if config.max_length > source.embeddings.max_length:
+        raise UserError(f'max_length {config.max_length} is longer than the position table of {config.init_from} '
+                        f'({source.embeddings.max_length}).')
+    dropout = {'dropout_rate': config.dropout_rate} if target != 'span' else {}
+    model = ConfigDict({'embeddings': source.embeddings, 'encoder': source.encoder, 'dtype': config.dtype,
+                        'targets': {target: {'weight': 1.0, **dropout, **options}}}).copy_and_resolve_references()
+    model.embeddings.dropout_rate = config.dropout_rate
+    model.encoder.dropout_rate = model.encoder.attention_dropout_rate = config.dropout_rate
+    return model
+
+
+def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
+    """One run in its own workdir; returns the scores of its best checkpoint."""
+    examples.check_batch_size(config.batch_size, partition.data_devices(job.mesh), config.accumulation)
+    with config.unlocked():
+        config.model = job.model_config
+    folder = workdir.start(path, config, job.source.tokenizer)
+    workdir.write_json(folder / 'labels.json', list(job.task.labels))
+    score = config.best or f'dev/{job.task.best}'
+    workdir.write_json(folder / 'best.json', {'score': score})
+    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints, score)
+    state = _train(job, config, checkpoints.resume(_initial(job, config)), checkpoints, folder)
+    known = checkpoints.scores(checkpoints.steps()[-1])
+    if score not in known:
+        raise unknown('score for --config.best', score, known)
     best, params = _best_params(checkpoints, state)
-    for split in encoded.keys() - {'train'}:
-        logits = _logits(eval_step, params, encoded[split], config.batch_size, mesh)
-        _write_predictions(folder / f'predictions_{split}.tsv', task.splits[split], logits, task.labels)
-    results = checkpoints.scores(best) | {'best_step': best, 'dev/majority_accuracy': _majority(task)}
+    results = checkpoints.scores(best) | {'best_step': best}
+    for split in job.data.keys() - {'train'}:
+        results |= _finish(job, split, params, results, config.batch_size, folder)
+    results = dict(sorted(results.items()))
     workdir.write_json(folder / 'results.json', results)
     plots.curves(folder)
     _print_results(path, results)
     return results
 
 
-def describe_model(config: ConfigDict, source: ConfigDict, num_classes: int) -> None:
-    """Fills in config.model: the checkpoint's embeddings and encoder, this run's dropout, a classifier."""
-    with config.unlocked():
-        config.model = ConfigDict({
-            'embeddings': source.embeddings, 'encoder': source.encoder, 'dtype': config.dtype,
-            'targets': {'classification': {'weight': 1.0, 'num_classes': num_classes,
-                                           'dropout_rate': config.dropout_rate}}})
-    config.model.embeddings.dropout_rate = config.dropout_rate
-    config.model.encoder.dropout_rate = config.model.encoder.attention_dropout_rate = config.dropout_rate
-    if config.max_length > source.embeddings.max_length:
-        raise UserError(f'max_length {config.max_length} is longer than the position table of {config.init_from} '
-                        f'({source.embeddings.max_length}).')
+def _initial(job: Job, config: ConfigDict) -> train.TrainState:
+    """The pre-trained weights under a fresh head; with from_scratch, nothing but fresh ones."""
+    state = job.init(config.seed)
+    if config.from_scratch:
+        return state
+    return state.replace(params=checkpoint.warm_start(state.params, job.source.params, fresh=('targets_',)))
 
 
-def _train(config: ConfigDict, state: train.TrainState, model: models.Model, tx: Any, mesh: jax.sharding.Mesh,
-           data: tasks.EncodedRows, score: Callable, checkpoints: checkpoint.Checkpoints, folder: epath.Path
-           ) -> train.TrainState:
+def _train(job: Job, config: ConfigDict, state: train.TrainState, checkpoints: checkpoint.Checkpoints,
+           folder: epath.Path) -> train.TrainState:
+    data = job.data['train']
     every = max(1, data.steps(config.batch_size) // config.evals_per_epoch)
     num_steps = max(1, round(data.steps(config.batch_size) * config.epochs))
     start = int(state.step)
     if start:
         print(f'{folder}: resuming at step {start} of {num_steps}.')
-    step = train.make_train_step(model, tx, config.seed, mesh, config.accumulation, state)
     rate = functools.partial(optimizer.learning_rate, peak=config.schedule.peak, num_steps=num_steps,
                              warmup_steps=round(config.schedule.warmup_share * num_steps))
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
+    placed = batches.placed_ahead(_batches(config, data, start, num_steps), partition.batch_sharding(job.mesh))
+    scored = {split: functools.partial(_score, job, split, config.batch_size) for split in job.data
+              if split.startswith('dev')}
     state = train.fit(
-        state, step, batches.placed_ahead(_batches(config, data, start, num_steps), partition.batch_sharding(mesh)),
-        num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights), log_every=config.log_every,
-        save_every=every, eval_every=every, evaluators={'dev': score}, checkpoints=checkpoints, writer=writer,
-        phase_ends=tuple(range(every, num_steps, every)),
+        state, job.step, placed, num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed),
+        log_every=config.log_every, save_every=every, eval_every=every, evaluators=scored, checkpoints=checkpoints,
+        writer=writer, phase_ends=tuple(range(every, num_steps, every)),
         rates=lambda done, values, per_second: {'examples_per_second': per_second * config.batch_size})
     writer.close()
     return state
 
 
-def _batches(config: ConfigDict, data: tasks.EncodedRows, start: int, stop: int) -> Iterator[batches.Batch]:
+def _batches(config: ConfigDict, data: encoded.Encoded, start: int, stop: int) -> Iterator[batches.Batch]:
     """Batches of several lengths, so a stream of its own: tf.data wants one shape a stream."""
     return batches.thread_stream(lambda step: data.batch(step, config.batch_size, config.seed), start, stop)
 
@@ -126,49 +185,56 @@ def _best_params(checkpoints: checkpoint.Checkpoints, state: train.TrainState) -
     return best, checkpoints.restore(best, 'params', shapes)
 
 
-def _logits(eval_step: Callable, params: Any, data: tasks.EncodedRows, batch_size: int, mesh: jax.sharding.Mesh
-            ) -> np.ndarray:
-    """float32 [N, C], in the order of the rows."""
-    parts, order = [], []
-    for rows, batch in data.evaluation_batches(batch_size):
-        outputs, _ = eval_step(params, batches.place(batch, partition.batch_sharding(mesh)))
-        parts.append(np.asarray(outputs['classification']['logits'])[:len(rows)])
-        order.append(rows)
-    return np.concatenate(parts)[np.argsort(np.concatenate(order))]
+def _score(job: Job, split: str, batch_size: int, step: int, params: Any) -> dict[str, float]:
+    outputs, loss = _outputs(job, split, params, batch_size)
+    rows, module = job.task.splits[split], job.kind.module
+    found = module.decode(job.task, rows, job.data[split], outputs)
+    return {'loss': loss} | module.score(job.task, rows, outputs, found)
 
 
-def _score(eval_step: Callable, mesh: jax.sharding.Mesh, data: tasks.EncodedRows, labels: tuple[str, ...],
-           batch_size: int, step: int, params: Any) -> dict[str, float]:
-    return metrics.classification(_logits(eval_step, params, data, batch_size, mesh), data.label_ids, labels)
+def _outputs(job: Job, split: str, params: Any, batch_size: int) -> tuple[dict[str, Any], float]:
+    """The target's outputs for every example of a split, and the mean loss."""
+    sharding = partition.batch_sharding(job.mesh)
+    return evaluate.predict(lambda batch: job.eval_step(params, batches.place(batch, sharding)), job.data[split],
+                            batch_size, job.kind.target)
 
 
-def _majority(task: tasks.TaskData) -> float:
-    """Accuracy on dev of always saying the training split's most frequent label."""
-    (label, _), = Counter(row.label for row in task.splits['train']).most_common(1)
-    return float(np.mean([row.label == label for row in task.splits['dev']]))
+def _finish(job: Job, split: str, params: Any, results: dict[str, float], batch_size: int, folder: epath.Path
+            ) -> dict[str, float]:
+    """Writes the predictions of one split; returns what its labels say of them beside the best checkpoint's scores."""
+    task, rows, module, data = job.task, job.task.splits[split], job.kind.module, job.data[split]
+    if 'dev/null_threshold' in results:
+        task = dataclasses.replace(task, settings=task.settings | {'null_threshold': results['dev/null_threshold']})
+    outputs, _ = _outputs(job, split, params, batch_size)
+    found = module.decode(task, rows, data, outputs)
+    for name, content in module.files(task, split, rows, found).items():
+        paths.write_whole(folder / name, content)
+    submission = glue.submission(task, split, found)
+    if submission:
+        (folder / 'submission').mkdir(exist_ok=True)
+        paths.write_whole(folder / 'submission' / submission[0], submission[1])
+    if not module.labelled(rows):
+        return {}
+    if task.kind == 'classification' and split == 'dev':
+        plots.confusion(folder, task.labels, [row.label for row in rows], [one['label'] for one in found])
+    scores = {} if split.startswith('dev') else module.score(task, rows, outputs, found)
+    return {f'{split}/{name}': value for name, value in (scores | module.baseline(task, rows)).items()}
 
 
-def _write_predictions(file: epath.Path, rows: list[tasks.Row], logits: np.ndarray, labels: tuple[str, ...]) -> None:
-    """One line a row: its number, the predicted label, the label given if any, each label's probability."""
-    out = io.StringIO()
-    writer = csv.writer(out, delimiter='\t', lineterminator='\n')
-    writer.writerow(('index', 'prediction', 'label', *(f'p({label})' for label in labels)))
-    for number, (row, scores) in enumerate(zip(rows, metrics.softmax(logits))):
-        writer.writerow((number, labels[int(scores.argmax())], row.label or '', *(f'{s:.6f}' for s in scores)))
-    file.write_text(out.getvalue())
-
-
-def _print_task(config: ConfigDict, task: tasks.TaskData, encoded: dict[str, tasks.EncodedRows]) -> None:
+def _print_task(config: ConfigDict, task: Task, data: dict[str, encoded.Encoded]) -> None:
     sizes = ', '.join(f'{len(rows):,} {split}' for split, rows in task.splits.items() if rows)
-    print(f'{config.task.name}: {sizes} rows; labels: {", ".join(task.labels)}')
-    for split, data in encoded.items():
-        if data.truncated:
-            print(f'note: {data.truncated:,} of {len(data):,} {split} rows are longer than '
+    print(f'{config.task.name}: {sizes}' + (f'; labels: {", ".join(task.labels)}' if task.labels else '')
+          + f'; lengths {", ".join(map(str, data["train"].lengths))}')
+    if task.skipped:
+        print(f'note: {task.skipped}.')
+    for split, rows in data.items():
+        if rows.truncated:
+            print(f'note: {rows.truncated:,} of {len(rows):,} {split} rows are longer than '
                   f'max_length {config.max_length} and were cut.')
 
 
 def _print_results(path: str, results: dict[str, float]) -> None:
-    print(f'{path}: best on dev (results.json, predictions_dev.tsv, curves.png)')
+    print(f'{path}: best on dev (results.json, predictions_*, curves.png)')
     for name, value in results.items():
         print(f'  {name:<32}{value:10.4f}')
 

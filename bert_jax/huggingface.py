@@ -21,9 +21,12 @@ from bert_jax.weights import Pretrained
 ARCHITECTURES = {  # targets -> the class that has just these heads
     (): 'BertModel', ('mlm', 'nsp'): 'BertForPreTraining', ('mlm',): 'BertForMaskedLM',
     ('nsp',): 'BertForNextSentencePrediction', ('classification',): 'BertForSequenceClassification',
+    ('multilabel',): 'BertForSequenceClassification', ('regression',): 'BertForSequenceClassification',
     ('tagging',): 'BertForTokenClassification', ('span',): 'BertForQuestionAnswering',
     ('multiple_choice',): 'BertForMultipleChoice'}
-PIPELINES = {'mlm': 'fill-mask', 'classification': 'text-classification', 'tagging': 'token-classification',
+PROBLEMS = {'classification': 'single_label_classification', 'multilabel': 'multi_label_classification',
+            'regression': 'regression'}
+PIPELINES = {'mlm': 'fill-mask', **dict.fromkeys(PROBLEMS, 'text-classification'), 'tagging': 'token-classification',
              'span': 'question-answering', 'multiple_choice': 'multiple-choice'}
 SIZES = {  # Hugging Face's name -> part and name of ours
     'vocab_size': ('embeddings', 'vocab_size'), 'hidden_size': ('embeddings', 'hidden_size'),
@@ -109,7 +112,7 @@ def read(folder: pathlib.Path) -> Pretrained:
 
 
 def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
-    known = ', '.join(ARCHITECTURES.values())
+    known = ', '.join(dict.fromkeys(ARCHITECTURES.values()))
     for name in (config.get('architectures') or ['BertModel']):
         if config.get('model_type', 'bert') != 'bert' or name not in ARCHITECTURES.values():
             kind = config.get('model_type')
@@ -196,7 +199,11 @@ def _heads(folder: pathlib.Path, config: dict[str, Any], names: dict[str, str]) 
     named = [heads for heads, name in ARCHITECTURES.items() if name in (config.get('architectures') or ())]
     if not named or named[0][:1] not in (('classification',), ('tagging',), ('multiple_choice',)):
         raise UserError(f'{folder}: there is a classifier; architectures in config.json does not say of which kind.')
-    return (*heads, named[0][0])
+    head = named[0][0]
+    if head == 'classification':
+        problem = config.get('problem_type') or ('regression' if len(config.get('id2label') or '12') == 1 else None)
+        head = {problem: head for head, problem in PROBLEMS.items()}.get(problem, head)
+    return (*heads, head)
 
 
 def _num_labels(names: dict[str, str], get: Callable[[str], np.ndarray]) -> int:
@@ -222,6 +229,8 @@ def _model_config(config: dict[str, Any], heads: tuple[str, ...], num_labels: in
     options = {'mlm': {'vocab_size': model.embeddings.vocab_size, 'activation': model.encoder.activation},
                'classification': {'num_classes': num_labels, 'dropout_rate': dropout},
                'tagging': {'num_classes': num_labels, 'dropout_rate': dropout},
+               'multilabel': {'num_classes': num_labels, 'dropout_rate': dropout},
+               'regression': {'dropout_rate': dropout},
                'multiple_choice': {'num_choices': 2, 'dropout_rate': dropout}}  # as many as a question has
     for head in heads:
         model.targets[head] = ConfigDict(options.get(head, {}) | {'weight': 1.0})
@@ -229,7 +238,7 @@ def _model_config(config: dict[str, Any], heads: tuple[str, ...], num_labels: in
 
 
 def _labels(config: dict[str, Any], heads: tuple[str, ...], model: ConfigDict) -> tuple[str, ...]:
-    head = next((head for head in heads if head in ('classification', 'tagging')), None)
+    head = next((head for head in heads if head in ('classification', 'multilabel', 'tagging')), None)
     if head is None:
         return ()
     names = config.get('id2label') or {}
@@ -284,6 +293,10 @@ def _their_config(model: Pretrained, heads: tuple[str, ...]) -> dict[str, Any]:
         config |= {'id2label': {str(i): label for i, label in enumerate(model.labels)},
                    'label2id': {label: i for i, label in enumerate(model.labels)}}
     for head in heads:
+        if head in PROBLEMS:
+            config['problem_type'] = PROBLEMS[head]
+        if head == 'regression':
+            config |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
         if 'dropout_rate' in model.model.targets[head]:
             config['classifier_dropout'] = model.model.targets[head].dropout_rate
     return config
@@ -327,7 +340,7 @@ def card(model: Pretrained, heads: tuple[str, ...], name: str, licence: str) -> 
 def _usage(name: str, heads: tuple[str, ...], model: Pretrained) -> list[str]:
     mask = model.tokenizer.pieces[model.tokenizer.mask_id]
     example = f'Paris is the {mask} of France.' if 'mlm' in heads else 'A text.'
-    if heads and heads[0] in ('mlm', 'classification', 'tagging'):
+    if heads and heads[0] in ('mlm', 'tagging', *PROBLEMS):
         return ['from transformers import pipeline', '',
                 f'pipe = pipeline({PIPELINES[heads[0]]!r}, {name!r})', f'print(pipe({example!r}))']
     return ['from transformers import AutoTokenizer, ' + ARCHITECTURES[heads], '',

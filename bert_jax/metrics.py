@@ -1,15 +1,13 @@
-"""Means that merge exactly, task metrics, and the writer of logs."""
+"""Means that merge exactly, and the writer of logs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
-import sklearn.metrics
 from etils import epath
 
 from bert_jax import paths
@@ -46,27 +44,6 @@ def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
         count = np.sum([np.float64(m[name].count) for m in means])
         merged[name] = float(total / count) if count else float('nan')
     return merged
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities [..., C] of logits, in float64."""
-    return scipy.special.softmax(np.asarray(logits, np.float64), axis=-1)
-
-
-def classification(logits: np.ndarray, label_ids: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
-    """Loss, accuracy, macro F1 and each label's F1, through scikit-learn.
-
-    Args:
-      logits: [N, C].
-      label_ids: [N].
-      labels: the C names.
-    """
-    predictions, every = np.argmax(logits, -1), np.arange(len(labels))
-    f1 = sklearn.metrics.f1_score(label_ids, predictions, labels=every, average=None, zero_division=0.0)
-    return {'loss': float(sklearn.metrics.log_loss(label_ids, softmax(logits), labels=every)),
-            'accuracy': float(sklearn.metrics.accuracy_score(label_ids, predictions)),
-            'f1_macro': float(f1.mean()),
-            **{f'f1[{label}]': float(score) for label, score in zip(labels, f1)}}
 
 
 class Writer:

@@ -1,12 +1,19 @@
-"""Fills [MASK]s or classifies texts with a model: your own, or one from Hugging Face or TF1.
+"""Fills [MASK]s, classifies, tags, answers or chooses with a model: your own, or one from Hugging Face or TF1.
 
     python -m bert_jax.predict --workdir W 'Paris is the [MASK] of France.'
     python -m bert_jax.predict --workdir W --input texts.txt --json > predictions.jsonl
     python -m bert_jax.predict --init_from google-bert/bert-base-cased 'Paris is the [MASK] of France.'
     cat texts.txt | python -m bert_jax.predict --workdir W --input -
 
-A pre-trained model fills [MASK]s, a fine-tuned one classifies. Inputs are one text a line (a pair is two
-texts with a tab between them), or JSON lines {"text": ..., "text_pair": ...} from a .jsonl file.
+What a model does follows from its head. Inputs are one example a line, with tabs between its parts, or JSON lines
+from a .jsonl file:
+
+  fill-mask                   text with [MASK]s              {"text"}
+  classification, multilabel,
+  regression                  text, or text TAB text         {"text", "text_pair"}
+  tagging                     words with spaces between      {"words": [...]}
+  span (answers)              question TAB passage           {"question", "passage"}
+  choice                      context TAB choice TAB ...     {"context", "choices": [...]}
 
 From Python, in three lines:
 
@@ -16,6 +23,7 @@ From Python, in three lines:
 """
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,84 +32,107 @@ from typing import Any
 import jax
 import numpy as np
 
-from bert_jax import cli, metrics, pretrained
+from bert_jax import cli, evaluate, pretrained, scores
 from bert_jax.cli import UserError
-from bert_jax.data import tasks
+from bert_jax.data import tables, tasks, texts
 from bert_jax.data import tokenizer as tokenizers
+from bert_jax.data.task import Task
 from bert_jax.model import model as models
 from bert_jax.weights import Pretrained
 
 MASK = '[MASK]'
-Text = str | tuple[str, str]
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # programs are compiled for these, as they are needed
+KINDS = {kind.target: name for name, kind in tasks.KINDS.items()}
+SPANS = {'stride': 128, 'max_query_length': 64, 'max_answer_length': 30, 'n_best': 5, 'null_answers': False}
+Input = str | tuple[str, ...] | dict[str, Any]
 
 
 class Predictor:
-    """A model ready to be called with texts; `load` makes it.
+    """A model ready to be called; `load` makes it.
 
     Attributes:
-      kind: 'fill_mask' or 'classification'.
-      labels: the class names of a classifier.
+      kind: 'fill_mask' or a KINDS name: 'classification', 'tagging', ...
+      labels: the names of classes or tags.
     """
 
     def __init__(self, source: Pretrained, path: str) -> None:
-        if not {'mlm', 'classification'} & set(source.model.targets):
+        self.target = next((target for target in (*KINDS, 'mlm') if target in source.model.targets), '')
+        if not self.target:
             raise UserError(f'{path}: its heads ({", ".join(source.model.targets) or "none"}) predict nothing.')
-        self._model, self._params, self._tokenizer = models.build(source.model), source.params, source.tokenizer
+        self.kind, self.labels = KINDS.get(self.target, 'fill_mask'), source.labels
+        self._config, self._params, self._tokenizer = source.model, source.params, source.tokenizer
         self._max_length = source.model.embeddings.max_length
-        self.labels = source.labels
-        self.kind = 'classification' if 'classification' in source.model.targets else 'fill_mask'
-        self._apply = jax.jit(lambda params, batch: self._model.apply({'params': params}, batch, train=False))
+        task = source.about.get('config', {}).get('task', {})
+        threshold = source.about.get('scores', {}).get('dev/null_threshold', 0.0)
+        self._settings = SPANS | {key: value for key, value in task.items() if key in SPANS and key != 'n_best'}
+        self._settings |= {'null_threshold': threshold, 'document_context': False}
+        self._apply = self._jitted()
 
-    def __call__(self, texts: Text | Sequence[Text], top_k: int = 5, batch_size: int = 32) -> Any:
-        """Predictions for one text, or a list of them for a list; a pair is a tuple of two texts.
+    def __call__(self, inputs: Input | Sequence[Input], top_k: int = 5, batch_size: int = 32) -> Any:
+        """Predictions for one input (see the module's table), or a list of them for a list.
 
         fill_mask: {'text', 'masks': [[{'token', 'score'}, ...top_k] for each [MASK]]}.
-        classification: {'text', 'label', 'scores': {label: probability}}.
+        classification: {'text', 'label', 'scores': {label: probability}}; multilabel: 'labels' instead of 'label';
+        regression: {'text', 'value'}.
+        tagging: {'words', 'tags', 'entities': [{'type', 'begin', 'end', 'text'}]}, positions in words.
+        span: {'question', 'text', 'begin', 'end', 'null_odds', 'nbest'}, positions in characters of the passage.
+        choice: {'context', 'choices', 'choice', 'text', 'scores'}.
 
         Raises:
-          UserError: a text without [MASK] for fill_mask.
+          UserError: an input of another shape; a text without [MASK] for fill_mask.
         """
-        if isinstance(texts, (str, tuple)):
-            return self([texts], top_k, batch_size)[0]
-        if not texts:
+        if isinstance(inputs, (str, tuple, dict)):
+            return self([inputs], top_k, batch_size)[0]
+        if not inputs:
             return []
-        rows = [tasks.Row(*((text, None) if isinstance(text, str) else text), None, '') for text in texts]
+        module = texts if self.kind == 'fill_mask' else tasks.KINDS[self.kind].module
+        rows = [_parsed(module, self.kind, value) for value in inputs]
         batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())
-        predict = {'fill_mask': self._fill_masks, 'classification': self._classify}[self.kind]
-        return predict(rows, top_k, batch_size)
+        if self.kind == 'fill_mask':
+            return self._fill_masks(rows, top_k, batch_size)
+        task = Task(self.kind, {}, self.labels, settings=dict(self._settings))
+        apply = self._apply
+        if self.kind == 'choice':  # the head scores each choice alone, so any number of them will do
+            task.settings['num_choices'] = max(len(row.choices) for row in rows)
+            apply = self._jitted(task.settings['num_choices'])
+        data = module.encode(task, rows, self._tokenizer, self._max_length, self._lengths())
+        outputs, _ = evaluate.predict(lambda batch: (apply(self._params, batch), {}), data, batch_size, self.target)
+        found = module.decode(task, rows, data, outputs)
+        return [module.describe(row) | one for row, one in zip(rows, found)]
 
-    def _classify(self, rows: list[tasks.Row], top_k: int, batch_size: int) -> list[dict[str, Any]]:
-        encoded = tasks.encode(rows, (), self._tokenizer, self._max_length)
-        results: list[Any] = [None] * len(rows)
-        for numbers, batch in encoded.evaluation_batches(batch_size):
-            logits = np.asarray(self._apply(self._params, batch)['classification']['logits'])
-            for number, scores in zip(numbers.tolist(), metrics.softmax(logits)):
-                results[number] = _described(rows[number]) | {
-                    'label': self.labels[int(scores.argmax())],
-                    'scores': dict(zip(self.labels, scores.round(6).tolist()))}
-        return results
+    @functools.cache  # noqa: B019 - lives as long as the process
+    def _jitted(self, num_choices: int = 0) -> Callable:
+        config = self._config.copy_and_resolve_references()
+        if num_choices:
+            config.targets.multiple_choice.num_choices = num_choices
+        model = models.build(config)
+        return jax.jit(lambda params, batch: model.apply({'params': params}, batch, train=False))
 
-    def _fill_masks(self, rows: list[tasks.Row], top_k: int, batch_size: int) -> list[dict[str, Any]]:
+    def _lengths(self) -> tuple[int, ...]:
+        return (*(length for length in LENGTHS if length < self._max_length), self._max_length)
+
+    def _fill_masks(self, rows: list[texts.Row], top_k: int, batch_size: int) -> list[dict[str, Any]]:
         for row in rows:
             if MASK not in row.text + (row.pair or ''):
                 raise UserError(f'No {MASK} in {row.text[:80]!r}; a pre-trained model fills {MASK}s '
                                 '(fine-tune it to classify).')
-        encoded = tasks.encode(rows, (), _WithMasks(self._tokenizer), self._max_length)
+        task = Task('classification', {})
+        data = texts.encode(task, rows, _WithMasks(self._tokenizer), self._max_length, self._lengths())
         results: list[Any] = [None] * len(rows)
-        for numbers, batch in encoded.evaluation_batches(batch_size):
+        for numbers, batch in data.evaluation_batches(batch_size):
             at = batch['input_ids'] == self._tokenizer.mask_id
             most = 1 << int(max(1, at.sum(1).max()) - 1).bit_length()
             positions = np.argsort(~at, axis=1, kind='stable')[:, :most].astype(np.int32)
             logits = np.asarray(self._apply(self._params, batch | {'masked_lm_positions': positions})['mlm']['logits'])
-            for number, row_at, scores in zip(numbers.tolist(), at, logits):
-                masks = [self._top(one, top_k) for one in scores[:int(row_at.sum())]]
-                results[number] = _described(rows[number]) | {'masks': masks}
+            for number, row_at, each in zip(numbers.tolist(), at, logits):
+                masks = [self._top(one, top_k) for one in each[:int(row_at.sum())]]
+                results[number] = texts.describe(rows[number]) | {'masks': masks}
         return results
 
     def _top(self, logits: np.ndarray, top_k: int) -> list[dict[str, Any]]:
-        scores = metrics.softmax(logits)
-        best = np.argsort(-scores, kind='stable')[:top_k]
-        return [{'token': self._tokenizer.pieces[i], 'score': round(float(scores[i]), 6)} for i in best]
+        p = scores.softmax(logits)
+        best = np.argsort(-p, kind='stable')[:top_k]
+        return [{'token': self._tokenizer.pieces[i], 'score': round(float(p[i]), 6)} for i in best]
 
 
 class _WithMasks:
@@ -111,17 +142,18 @@ class _WithMasks:
         self._tokenizer = tokenizer
         self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As Tokenizer.encode_batch."""
-        rows = []
-        for text in texts:
-            parts = [self._tokenizer.encode(part.strip()) for part in text.split(MASK)]
-            rows.append([i for part in parts for i in (*part, self._tokenizer.mask_id)][:-1])
-        return np.array([i for row in rows for i in row], np.int32), np.array([len(row) for row in rows], np.int64)
+    def encode(self, text: str) -> list[int]:
+        """As Tokenizer.encode."""
+        parts = [self._tokenizer.encode(part.strip()) for part in text.split(MASK)]
+        return [i for part in parts for i in (*part, self._tokenizer.mask_id)][:-1]
 
 
-def _described(row: tasks.Row) -> dict[str, Any]:
-    return {'text': row.text} | ({} if row.pair is None else {'text_pair': row.pair})
+def _parsed(module: Any, kind: str, value: Input) -> Any:
+    try:
+        return module.parse(value)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f'{str(value)[:80]!r} is not what a model for {kind} takes; see python -m bert_jax.predict '
+                        '--help.') from error
 
 
 def load(path: str) -> Predictor:
@@ -145,43 +177,51 @@ def main() -> None:
     parser.add_argument('--batch_size', type=int, default=32, metavar='B')
     parser.add_argument('--json', action='store_true', help='print JSON lines')
     args = parser.parse_args()
-    texts = [_pair(text) for text in args.texts] + (list(_read(args.input)) if args.input else [])
-    if not texts:
+    inputs = [_parts(text) for text in args.texts] + (list(_read(args.input)) if args.input else [])
+    if not inputs:
         raise UserError('No text: give some as arguments, or --input FILE (- for standard input).')
     model = load(args.workdir or args.init_from)
     show: Callable = (lambda result: json.dumps(result, ensure_ascii=False)) if args.json else _plain
-    for start in range(0, len(texts), 32 * args.batch_size):
-        for result in model(texts[start:start + 32 * args.batch_size], args.top_k, args.batch_size):
+    for start in range(0, len(inputs), 32 * args.batch_size):
+        for result in model(inputs[start:start + 32 * args.batch_size], args.top_k, args.batch_size):
             print(show(result), flush=True)
 
 
-def _read(name: str) -> Iterator[Text]:
+def _read(name: str) -> Iterator[Input]:
     if name.endswith('.jsonl'):
-        for where, record in tasks.read_table(name):
-            if not isinstance(record.get('text'), str):
-                raise UserError(f'{where}: no column \'text\'; there are: {", ".join(record)}.')
-            yield (record['text'], record['text_pair']) if record.get('text_pair') else record['text']
+        yield from (record for _, record in tables.read_table(name))
         return
     try:
         with contextlib.nullcontext(sys.stdin) if name == '-' else open(name, encoding='utf-8') as lines:
-            yield from (_pair(line.rstrip('\n')) for line in lines if line.strip())
+            yield from (_parts(line.rstrip('\n')) for line in lines if line.strip())
     except OSError as error:
         raise UserError(f'{name}: {error.strerror}.') from error
     except UnicodeDecodeError as error:
         raise UserError(f'{name}: not valid UTF-8 ({error.reason}).') from error
 
 
-def _pair(text: str) -> Text:
-    first, tab, second = text.partition('\t')
-    return (first, second) if tab else text
+def _parts(line: str) -> Input:
+    parts = tuple(line.split('\t'))
+    return parts if len(parts) > 1 else line
 
 
-def _plain(result: dict[str, Any]) -> str:
-    text = result['text'] + (' | ' + result['text_pair'] if 'text_pair' in result else '')
-    if 'label' in result:
-        return f'{result["label"]}\t{result["scores"][result["label"]]:.3f}\t{text}'
-    masks = ['  ' + ', '.join(f'{guess["token"]} {guess["score"]:.3f}' for guess in mask) for mask in result['masks']]
-    return '\n'.join([text, *masks])
+def _plain(found: dict[str, Any]) -> str:
+    """For people: what is predicted, then what it was predicted from."""
+    text = ' | '.join(found[name] for name in ('text', 'text_pair') if name in found)
+    if 'masks' in found:
+        return '\n'.join([text, *('  ' + ', '.join(f'{guess["token"]} {guess["score"]:.3f}' for guess in mask)
+                                  for mask in found['masks'])])
+    if 'label' in found:
+        return f'{found["label"]}\t{found["scores"][found["label"]]:.3f}\t{text}'
+    if 'labels' in found:
+        return f'{", ".join(found["labels"]) or "-"}\t{text}'
+    if 'value' in found:
+        return f'{found["value"]:.4f}\t{text}'
+    if 'tags' in found:
+        return ' '.join(f'{word}/{tag}' for word, tag in zip(found['words'], found['tags']))
+    if 'choice' in found:
+        return f'{found["choice"]}\t{max(found["scores"]):.3f}\t{found["context"]} | {found["text"]}'
+    return f'{found["text"] or "(no answer)"}\t{found["begin"]}-{found["end"]}\t{found["question"]}'
 
 
 if __name__ == '__main__':

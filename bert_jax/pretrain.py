@@ -61,7 +61,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length)
                for phase in phases}
 
-    state = train.init_state(model, tx, streams[phases[0].max_length].make(0, np.arange(1)), config.seed, mesh)
+    state = train.make_init(model, tx, streams[phases[0].max_length].make(0, np.arange(1)), mesh)(config.seed)
     if source is not None:
         state = state.replace(params=checkpoint.warm_start(state.params, source))
         del source
@@ -70,7 +70,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     start, num_steps = int(state.step), phases[-1].stop
     if start:
         print(f'{path}: resuming at step {start} of {num_steps}.')
-    step = train.make_train_step(model, tx, config.seed, mesh, config.accumulation, state)
+    step = train.make_train_step(model, tx, mesh, config.accumulation, state)
     rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
@@ -78,7 +78,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     placed = batches.placed_ahead(phase_batches(config, phases, streams, start), partition.batch_sharding(mesh))
     train.fit(
         state, step, placed,
-        num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights), log_every=config.log_every,
+        num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
         save_every=config.save_every, eval_every=config.eval_every, evaluators={'held_out': evaluator},
         checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases),
         rates=functools.partial(rates, config, phases))

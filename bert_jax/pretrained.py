@@ -23,6 +23,8 @@ def load(path: str) -> Pretrained:
     Raises:
       UserError: nothing of a known kind there, or what is there is damaged or not a BERT.
     """
+    if (epath.Path(path) / 'sweep.json').exists():
+        path = str(epath.Path(path) / 'runs' / workdir.read_json(epath.Path(path) / 'sweep.json')['chosen'])
     if paths.is_remote(epath.Path(path)) or (epath.Path(path) / 'checkpoints').exists():
         return _load_workdir(path)
     folder = pathlib.Path(path)
@@ -40,12 +42,18 @@ def load(path: str) -> Pretrained:
 
 def _load_workdir(path: str) -> Pretrained:
     config = workdir.read_config(path)
-    params, step, scores = checkpoint.load_params(path, best=config.get('best', ''))
+    params, step, scores = checkpoint.load_params(path, best=_best(config, path))
     labels = epath.Path(path) / 'labels.json'
     about = {'source': config.get('source', f'a bert_jax workdir, {epath.Path(path).name}'), 'step': step,
              'scores': scores, 'config': config.to_dict()}
     return Pretrained(config.model, params, tokenizers.load(path),
                       tuple(workdir.read_json(labels)) if labels.exists() else (), about)
+
+
+def _best(config: ConfigDict, path: str) -> str:
+    """The score whose best checkpoint a fine-tuned workdir offers; '' for one that was pre-trained."""
+    file = epath.Path(path) / 'best.json'
+    return workdir.read_json(file)['score'] if file.exists() else config.get('best', '')
 
 
 def write_workdir(model: Pretrained, folder: pathlib.Path) -> list[str]:

@@ -39,21 +39,22 @@ class TrainState:
     opt_state: Any
 
 
-def init_state(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, seed: int,
-               mesh: jax.sharding.Mesh) -> TrainState:
-    """A fresh state, every array made where it will live."""
+def make_init(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, mesh: jax.sharding.Mesh
+              ) -> Callable[[int], TrainState]:
+    """seed -> a fresh state, every array made where it will live; compiled once for all seeds."""
 
-    def init() -> TrainState:
+    def init(seed: jax.Array) -> TrainState:
         params = model.init(jax.random.key(seed), batch, train=False)['params']
         return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
 
-    batch = {name: jnp.asarray(value[:1]) for name, value in batch.items()}
-    shardings = partition.state_shardings(jax.eval_shape(init), mesh)
-    return jax.jit(init, out_shardings=shardings)()
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    shardings = partition.state_shardings(jax.eval_shape(init, np.uint32(0)), mesh)
+    jitted = jax.jit(init, out_shardings=shardings)
+    return lambda seed: jitted(np.uint32(seed))
 
 
 def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model: nn.Module,
-               tx: optax.GradientTransformation, rng: jax.Array, mesh: jax.sharding.Mesh, accumulation: int
+               tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, accumulation: int
                ) -> tuple[TrainState, dict[str, Mean]]:
     """One update.
 
@@ -63,13 +64,13 @@ def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model:
     Args:
       state: is donated.
       batch: the global batch [B, ...].
-      hyper: {'learning_rate': scalar, 'weights': {target: scalar}}.
-      model, tx, rng: what to train, how, and where dropout's randomness begins.
+      hyper: {'learning_rate': scalar, 'weights': {target: scalar}, 'seed': where dropout's randomness begins}.
+      model, tx: what to train, and how.
       mesh: how the batch and the parameters lie.
       accumulation: micro-batches.
     """
     counts = model.apply({}, batch, method='counts')
-    rng = jax.random.fold_in(rng, state.step)
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper['seed']), 1), state.step)
 
     def weighted(losses: dict[str, dict[str, Mean]]) -> jax.Array:
         return sum(hyper['weights'][name] * terms['loss'].total / jnp.maximum(counts[name], 1)
@@ -133,11 +134,10 @@ def _contents(batch: Batch) -> dict[str, Mean]:
     return contents
 
 
-def make_train_step(model: nn.Module, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh,
-                    accumulation: int, state: TrainState) -> Callable:
+def make_train_step(model: nn.Module, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, accumulation: int,
+                    state: TrainState) -> Callable:
     """train_step, jitted with explicit shardings; compiled once for each shape of batch."""
-    rng = jax.random.fold_in(jax.random.key(seed), 1)
-    step = functools.partial(train_step, model=model, tx=tx, rng=rng, mesh=mesh, accumulation=accumulation)
+    step = functools.partial(train_step, model=model, tx=tx, mesh=mesh, accumulation=accumulation)
     shardings, everywhere = partition.state_shardings(state, mesh), partition.replicated(mesh)
     return jax.jit(step, donate_argnums=0, in_shardings=(shardings, partition.batch_sharding(mesh), everywhere),
                    out_shardings=(shardings, everywhere))
@@ -220,7 +220,7 @@ def _must_be_finite(window: list[dict[str, Mean]], done: int, checkpoints: Check
                 'Lower --config.schedule.peak, or look at that batch.')
 
 
-def as_hyper(learning_rate: float, weights: Mapping[str, float]) -> dict[str, Any]:
-    """What a step takes beside state and batch, as arrays."""
-    return {'learning_rate': np.float32(learning_rate),
+def as_hyper(learning_rate: float, weights: Mapping[str, float], seed: int) -> dict[str, Any]:
+    """What a step takes beside state and batch, as arrays: runs that differ in these alone share one program."""
+    return {'learning_rate': np.float32(learning_rate), 'seed': np.uint32(seed),
             'weights': {name: np.float32(weight) for name, weight in weights.items()}}

@@ -86,6 +86,8 @@ _HEADS = {
         ('bias', 'targets_mlm', 'cls.predictions', 'cls/predictions')),
     'nsp': (('head', 'targets_nsp/dense', 'cls.seq_relationship', 'cls/seq_relationship'),),
     'classification': (('head', 'targets_classification/dense', 'classifier', ''),),
+    'multilabel': (('head', 'targets_multilabel/dense', 'classifier', None),),
+    'regression': (('head', 'targets_regression/dense', 'classifier', None),),
     'tagging': (('head', 'targets_tagging/dense', 'classifier', None),),
     'multiple_choice': (('head', 'targets_multiple_choice/dense', 'classifier', None),),
     'span': (('head', 'targets_span/dense', 'qa_outputs', 'cls/squad'),)}

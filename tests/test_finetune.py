@@ -10,9 +10,10 @@ import sklearn.metrics
 from conftest import expect_error, run_module
 
 import bert_jax
-from bert_jax import cli, finetune, metrics
+from bert_jax import cli, finetune, scores
 from bert_jax.cli import UserError
-from bert_jax.data import tasks, tokenizer
+from bert_jax.data import tables, tasks, texts, tokenizer
+from bert_jax.data.task import Task
 
 WORDS = {'spam': 'raise exception error traceback', 'ham': 'import module package name', 'eggs': 'sequence list tuple item'}
 
@@ -118,7 +119,7 @@ def test_filling_masks(pretrained, tmp_path):
 @pytest.mark.parametrize('pair', [False, True])
 def test_every_format_gives_the_same_rows(tmp_path, suffix, pair):
     path = write(tmp_path / f'a{suffix}', rows(60), pair=pair)
-    data = tasks.classification(train_file=str(path), dev_file='', test_file='', text_column='body', text_pair_column='other' * pair,
+    data = tasks.TASKS['classification'](train_file=str(path), dev_file='', test_file='', text_column='body', text_pair_column='other' * pair,
                                 label_column='kind', labels=(), dev_share=0.3)
     found = sorted((r.text, r.label) for split in ('train', 'dev') for r in data.splits[split])
     assert found == sorted(rows(60)) and data.labels == ('eggs', 'ham', 'spam')
@@ -132,17 +133,17 @@ def test_a_glue_folder(tmp_path):
     (tmp_path / 'dev.tsv').write_text('Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\ta\tb\n')
     (tmp_path / 'test.tsv').write_text('index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t1\t2\ta\tb\n')
     data = tasks.TASKS['mrpc'](folder=str(tmp_path))
-    assert data.splits['train'][0] == tasks.Row('He said "a', 'He said', '1', f'{tmp_path}/train.tsv:2')
+    assert data.splits['train'][0] == texts.Row('He said "a', 'He said', '1', f'{tmp_path}/train.tsv:2')
     assert data.splits['test'][0].label is None
     (tmp_path / 'train.tsv').write_text('sentence\tlabel\ngood\t1\nbad\t0\n')
     (tmp_path / 'dev.tsv').write_text('sentence\tlabel\nfine\t1\n')
     (tmp_path / 'test.tsv').unlink()
-    assert tasks.TASKS['sst2'](folder=str(tmp_path)).splits['test'] == []
+    assert tasks.TASKS['sst2'](folder=str(tmp_path)).splits.get('test') is None
 
 
-def encoded(vocab, texts, max_length=32, pair=None):
-    data = [tasks.Row(t, pair, 'a', '') for t in texts]
-    return tasks.encode(data, ('a', 'b'), tokenizer.load(vocab), max_length)
+def encoded(vocab, lines, max_length=32, pair=None):
+    data = [texts.Row(t, pair, 'a', '') for t in lines]
+    return texts.encode(Task('classification', {}, ('a', 'b')), data, tokenizer.load(vocab), max_length, (16, max_length))
 
 
 def test_rows_become_cls_a_sep_b_sep(vocab):
@@ -185,7 +186,7 @@ def test_scores_equal_scikit_learn_and_scipy():
     rng = np.random.default_rng(0)
     for labels in (rng.integers(0, 3, 50), np.zeros(50, int)):
         logits = rng.normal(size=(50, 3))
-        ours = metrics.classification(logits, labels, ('a', 'b', 'c'))
+        ours = scores.classification(logits, labels, ('a', 'b', 'c'))
         assert ours['accuracy'] == sklearn.metrics.accuracy_score(labels, logits.argmax(1))
         nll = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(50), labels]
         assert ours['loss'] == pytest.approx(nll.mean())
@@ -241,7 +242,7 @@ def test_one_line_and_exit_code_2(pretrained, tmp_path):
 def test_invalid_utf8_in_a_table(tmp_path):
     (tmp_path / 'a.tsv').write_bytes(b'text\tlabel\nfine\t1\nb\xff\t0\n')
     with pytest.raises(UserError, match=r'a\.tsv:3: not valid UTF-8'):
-        list(tasks.read_table(str(tmp_path / 'a.tsv')))
+        list(tables.read_table(str(tmp_path / 'a.tsv')))
 
 
 def test_killing_is_not_losing(pretrained, tuned, tmp_path):

@@ -160,6 +160,10 @@ def test_the_contract_of_encoders(name):
 def fine_tuning_labels(name):
     """Labels of each kind, some of them missing."""
     rng = np.random.default_rng(1)
+    if name == 'multilabel':
+        return {'label_ids': rng.integers(0, 2, (8, 3)).astype(np.float32)}
+    if name == 'regression':
+        return {'label_ids': rng.normal(size=8).astype(np.float32)}
     if name == 'tagging':
         return {'label_ids': rng.integers(-1, 3, (8, L)).astype(np.int32)}
     if name == 'span':
@@ -176,6 +180,7 @@ def test_the_contract_of_targets(name):
     c = config()
     kwargs = {'mlm': {'vocab_size': V, 'activation': 'gelu'}, 'nsp': {},
               'classification': {'num_classes': 3, 'dropout_rate': 0.1}, 'tagging': {'num_classes': 3, 'dropout_rate': 0.1},
+              'multilabel': {'num_classes': 3, 'dropout_rate': 0.1}, 'regression': {'dropout_rate': 0.1},
               'span': {}, 'multiple_choice': {'num_choices': 2, 'dropout_rate': 0.1}}
     c.targets = {name: {'weight': 1.0, **kwargs[name]}}
     model, example = models.build(c), batch() | fine_tuning_labels(name)
@@ -202,6 +207,10 @@ def test_losses_of_tags_spans_and_choices_against_pytorch():
                                          for i, side in enumerate(('start', 'end'))},
              lambda o, e: sum(torch.nn.functional.cross_entropy(o[f'{side}_logits'], e[f'{side}_positions'].long(), reduction='none')[
                  e['is_real_example'] > 0].mean() for side in ('start', 'end')) / 2),
+            ('multilabel', TARGETS['multilabel'](3, 0.0), {'logits': np.random.default_rng(0).normal(size=(8, 3))},
+             lambda o, e: torch.nn.functional.binary_cross_entropy_with_logits(o['logits'], e['label_ids'].double())),
+            ('regression', TARGETS['regression'](0.0), {'logits': np.random.default_rng(0).normal(size=8)},
+             lambda o, e: torch.nn.functional.mse_loss(o['logits'], e['label_ids'].double())),
             ('multiple_choice', TARGETS['multiple_choice'](2, 0.0),
              {'logits': np.where(np.reshape([1, 1, 1, 0, 1, 1, 0, 0], (4, 2)), np.random.default_rng(0).normal(size=(4, 2)), -1e9)},
              lambda o, e: torch.nn.functional.cross_entropy(o['logits'][:3], torch.tensor([1, 0, 0])))):

@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(sto
     ('save_every=3', ('save_every 3', 'log_every 2')),
     ('mesh=(3,1,1)', ('needs 3 devices',)),
     ('store=nowhere', ('nowhere', 'no finished store')),
-    ('init_from=nowhere', ('nowhere', 'not a workdir')),
+    ('init_from=nowhere', ('nowhere', 'no such folder')),
     ('model.embeddings.vocab_size=999', ('vocab_size 999', '1003 in the tokenizer')),
     ('schedule.peek=1', ("Unknown config key 'schedule.peek'", 'schedule.peak')),
     ('accumulation=x', ('accumulation',)),

@@ -123,10 +123,10 @@ def our_losses(model, params, examples, rate, name, **settings):
     tx = optimizer.make_optimizer(name, **settings)
     params = jax.tree.map(jax.numpy.array, params)
     state = train.TrainState(jax.numpy.zeros([], 'int32'), params, tx.init(params))
-    step = train.make_train_step(model, tx, 0, mesh, 1, state)
+    step = train.make_train_step(model, tx, mesh, 1, state)
     losses = []
     for example in examples:
-        state, metrics = step(state, example, train.as_hyper(rate, {'mlm': 1.0, 'nsp': 1.0}))
+        state, metrics = step(state, example, train.as_hyper(rate, {'mlm': 1.0, 'nsp': 1.0}, 0))
         losses.append(float(metrics['loss'].total / metrics['loss'].count))
     return np.array(losses)
 

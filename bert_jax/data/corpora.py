@@ -238,6 +238,19 @@ def _parquet_blocks(name: str, reader: Reader) -> Iterator[Block]:
     return _group(name, (text or '' for text in texts))
 
 
+def tfds_records(name: str, split: str) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """(record, names of its label's classes or []) of a labelled TFDS data set, in its own order."""
+    import tensorflow_datasets as tfds  # heavy, and only wanted here
+
+    try:
+        source, info = tfds.load(name, split=split, shuffle_files=False, with_info=True)
+    except Exception as error:  # tfds raises many kinds
+        raise UserError(f'tfds:{name}, {split}: {str(error).splitlines()[0]}') from error
+    names = getattr(info.features['label'], 'names', [])
+    for record in tfds.as_numpy(source):
+        yield record, names
+
+
 def _tfds_blocks(name: str, reader: Reader) -> Iterator[Block]:
     """`tfds:NAME[/CONFIG][:VERSION][#SPLIT]`, read from $TFDS_DATA_DIR, downloaded if need be."""
     import tensorflow_datasets as tfds  # heavy, and only wanted here

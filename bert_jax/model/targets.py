@@ -108,6 +108,64 @@ class Classification(nn.Module):
         return jnp.sum(batch['is_real_example'].astype(jnp.float32))
 
 
+class MultiLabel(nn.Module):
+    """Any number of labels an example, each a yes or no of its own, from the pooled [CLS].
+
+    Attributes:
+      num_classes: C.
+      dropout_rate: on the pooled vector.
+      dtype: what is computed in.
+    """
+
+    num_classes: int
+    dropout_rate: float
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = True
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """pooled [B, 1, D] -> logits float32 [B, C]."""
+        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
+        return {'logits': Dense((self.num_classes,), self.dtype, name='dense')(x).astype(jnp.float32)}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Binary cross-entropy in nats, the mean over the labels; label_ids [B, C], 0 or 1."""
+        logits, labels = outputs['logits'], batch['label_ids']
+        nll = jax.nn.softplus(logits) - labels * logits
+        return {'loss': Mean.of(nll.mean(-1), batch['is_real_example'])}
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Real examples."""
+        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+
+
+class Regression(nn.Module):
+    """A number an example, from the pooled [CLS] (STS-B in Devlin et al. 2019, appendix B.1).
+
+    Attributes:
+      dropout_rate: on the pooled vector.
+      dtype: what is computed in.
+    """
+
+    dropout_rate: float
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = True
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """pooled [B, 1, D] -> logits float32 [B], the number itself."""
+        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
+        return {'logits': Dense((1,), self.dtype, name='dense')(x)[:, 0].astype(jnp.float32)}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Squared error; label_ids [B]."""
+        return {'loss': Mean.of((outputs['logits'] - batch['label_ids']) ** 2, batch['is_real_example'])}
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Real examples."""
+        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+
+
 class Tagging(nn.Module):
     """One label a token (Devlin et al. 2019, 5.3).
 
@@ -208,5 +266,5 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> 
     return {'loss': Mean.of(nll, weights), 'accuracy': Mean.of(right >= best, weights)}
 
 
-TARGETS = {'mlm': MaskedLM, 'nsp': NextSentence, 'classification': Classification, 'tagging': Tagging,
-           'span': Span, 'multiple_choice': MultipleChoice}
+TARGETS = {'mlm': MaskedLM, 'nsp': NextSentence, 'classification': Classification, 'multilabel': MultiLabel,
+           'regression': Regression, 'tagging': Tagging, 'span': Span, 'multiple_choice': MultipleChoice}

@@ -1,0 +1,135 @@
+"""GLUE: each task's own TSV layout, or TFDS; and its file of predictions (Wang et al. 2019)."""
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from bert_jax.cli import UserError
+from bert_jax.data import corpora, tables
+from bert_jax.data.task import Task
+from bert_jax.data.texts import Row, with_classes, with_numbers
+
+
+class Layout(NamedTuple):
+    """Where a task keeps what: columns of its TSV files, features of its TFDS data set.
+
+    `number` layouts (CoLA) have no header in train and dev; their columns are numbers.
+    """
+
+    text: str
+    pair: str
+    label: str
+    labels: tuple[str, ...]
+    best: str
+    files: dict[str, str]           # split -> file
+    submission: dict[str, str]      # split -> file of predictions
+    features: tuple[str, ...]       # TFDS: text, pair
+    fields: int = 0                 # columns of train and dev files without a header
+
+
+def _files(**more: str) -> dict[str, str]:
+    return {'train': 'train.tsv', 'dev': 'dev.tsv', 'test': 'test.tsv'} | more
+
+
+YES_NO, ENTAILMENT = ('0', '1'), ('entailment', 'not_entailment')
+LAYOUTS = {
+    'cola': Layout('3', '', '1', YES_NO, 'matthews', _files(), {'test': 'CoLA.tsv'}, ('sentence',), fields=4),
+    'sst2': Layout('sentence', '', 'label', YES_NO, 'accuracy', _files(), {'test': 'SST-2.tsv'}, ('sentence',)),
+    'mrpc': Layout('#1 String', '#2 String', 'Quality', YES_NO, 'f1', _files(), {'test': 'MRPC.tsv'},
+                   ('sentence1', 'sentence2')),
+    'stsb': Layout('sentence1', 'sentence2', 'score', (), 'spearman', _files(), {'test': 'STS-B.tsv'},
+                   ('sentence1', 'sentence2')),
+    'qqp': Layout('question1', 'question2', 'is_duplicate', YES_NO, 'f1', _files(), {'test': 'QQP.tsv'},
+                  ('question1', 'question2')),
+    'mnli': Layout('sentence1', 'sentence2', 'gold_label', ('contradiction', 'entailment', 'neutral'), 'accuracy',
+                   {'train': 'train.tsv', 'dev': 'dev_matched.tsv', 'dev_mismatched': 'dev_mismatched.tsv',
+                    'test': 'test_matched.tsv', 'test_mismatched': 'test_mismatched.tsv',
+                    'test_diagnostic': 'diagnostic.tsv'},
+                   {'test': 'MNLI-m.tsv', 'test_mismatched': 'MNLI-mm.tsv', 'test_diagnostic': 'AX.tsv'},
+                   ('premise', 'hypothesis')),
+    'qnli': Layout('question', 'sentence', 'label', ENTAILMENT, 'accuracy', _files(), {'test': 'QNLI.tsv'},
+                   ('question', 'sentence')),
+    'rte': Layout('sentence1', 'sentence2', 'label', ENTAILMENT, 'accuracy', _files(), {'test': 'RTE.tsv'},
+                  ('sentence1', 'sentence2')),
+    'wnli': Layout('sentence1', 'sentence2', 'label', YES_NO, 'accuracy', _files(), {'test': 'WNLI.tsv'},
+                   ('sentence1', 'sentence2')),
+}
+TFDS_SPLITS = {'dev': 'validation', 'test': 'test', 'train': 'train'}
+
+
+def read(name: str, folder: str) -> Task:
+    """A task from a folder in GLUE's TSV layout, or from TFDS ('tfds:glue/sst2').
+
+    The files of test splits may be missing. Rows of the wrong number of columns, which QQP has, are skipped and
+    counted. MNLI's diagnostic set is `diagnostic.tsv`, in its folder or in a folder `AX` or `diagnostic` beside it.
+
+    Raises:
+      UserError: no folder given, a missing file or column, a label that is not one (file and line).
+    """
+    if not folder:
+        raise UserError('--config.task.folder=FOLDER is missing: the folder with train.tsv and dev.tsv, '
+                        f'or tfds:glue/{name}.')
+    layout, skipped = LAYOUTS[name], [0]
+    if folder.startswith('tfds:'):
+        splits = {split: list(_from_tfds(folder.removeprefix('tfds:'), layout, split)) for split in layout.files
+                  if split != 'test_diagnostic'}
+    else:
+        splits = {}
+        for split, file in layout.files.items():
+            path = _find(folder, file)
+            if os.path.exists(path) or not split.startswith('test'):
+                splits[split] = list(_from_file(path, layout, split, skipped))
+    task = Task('classification' if layout.labels else 'regression', splits, layout.labels, layout.best,
+                submission=layout.submission,
+                skipped=f'{skipped[0]:,} rows with a wrong number of columns were left out' if skipped[0] else '')
+    return with_classes(task) if layout.labels else with_numbers(task)
+
+
+def _find(folder: str, file: str) -> str:
+    beside = [os.path.join(folder, '..', other, file) for other in ('AX', 'diagnostic')]
+    found = [path for path in beside if file == 'diagnostic.tsv' and os.path.exists(path)]
+    return (*found, os.path.join(folder, file))[0]
+
+
+def _from_file(path: str, layout: Layout, split: str, skipped: list[int]) -> Iterator[Row]:
+    rows, test = tables.read_rows(path), split.startswith('test')
+    if layout.fields and not test:
+        header = [str(number) for number in range(layout.fields)]
+    else:
+        _, header = next(rows, (path, []))
+    text = layout.features[0] if layout.fields and test else layout.text
+    names = [text, *filter(None, (layout.pair, '' if test else layout.label))]
+    for name in names:
+        if name not in header:
+            raise UserError(f'{path}: no column {name!r}; there are: {", ".join(header)}.')
+    for where, fields in rows:
+        if len(fields) != len(header):
+            skipped[0] += 1
+            continue
+        record = dict(zip(header, fields))
+        pair, label = record[layout.pair] if layout.pair else None, None if test else record[layout.label]
+        yield Row(record[text], pair, label, where)
+
+
+def _from_tfds(name: str, layout: Layout, split: str) -> Iterator[Row]:
+    kind, _, part = split.partition('_')
+    part = f'_{part or "matched"}' if 'dev_mismatched' in layout.files and kind != 'train' else ''
+    for number, (record, names) in enumerate(corpora.tfds_records(name, TFDS_SPLITS[kind] + part)):
+        label = None
+        if kind != 'test':
+            label = str(record['label'])
+            if names:  # TFDS has its own names; ours are those of the TSV files
+                label = names[int(label)] if names[int(label)] in layout.labels else label
+        text, pair, *_ = (*(record[feature].decode() for feature in layout.features), None)
+        yield Row(text, pair, label, f'{name}:{number}')
+
+
+def submission(task: Task, split: str, predictions: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """(file name, content) of GLUE's file of predictions for a test split; None where GLUE wants none."""
+    if split not in task.submission:
+        return None
+    def value(found: dict[str, Any]) -> str:
+        return f'{min(max(found["value"], 0.0), 5.0):.3f}' if task.kind == 'regression' else found['label']
+
+    lines = ['index\tprediction'] + [f'{number}\t{value(found)}' for number, found in enumerate(predictions)]
+    return task.submission[split], '\n'.join(lines) + '\n'

@@ -1,0 +1,281 @@
+"""Extractive question answering: passages -> overlapping windows -> answers cut from the passage.
+
+Devlin et al. 2019, 4.2 and 4.3; windows and the best-context rule as in the original run_squad.py.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from bert_jax import scores
+from bert_jax.cli import UserError
+from bert_jax.data import encoded, tables
+from bert_jax.data.task import Task
+from bert_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question on a passage.
+
+    Attributes:
+      id: unique in its file.
+      text, passage: what is asked, of what.
+      answers: (text, where it begins in the passage, in characters); () where there is none, or none is known.
+      labelled: whether answers are known.
+      where: its file, and its line or id.
+    """
+
+    id: str
+    text: str
+    passage: str
+    answers: tuple[tuple[str, int], ...]
+    labelled: bool
+    where: str
+
+
+def read(file: str) -> list[Question]:
+    """Questions of a SQuAD 1.1 or 2.0 file (.json), or of JSON lines.
+
+    A line of .jsonl: {"question", "passage", "answer": text, or null for none}, perhaps with "answer_start" and "id".
+
+    Raises:
+      UserError: not the format, an answer that is not in its passage (file and id or line), no question.
+    """
+    questions = list((_plain if file.endswith('.jsonl') else _squad)(file))
+    if not questions:
+        raise UserError(f'{file}: no questions in it.')
+    seen = set()
+    for question in questions:
+        if question.id in seen:
+            raise UserError(f'{question.where}: the id {question.id} stands twice.')
+        seen.add(question.id)
+        for text, start in question.answers:
+            if question.passage[start:start + len(text)] != text:
+                raise UserError(f'{question.where}: the answer {text!r} is not in the passage at {start}.')
+    return questions
+
+
+def _squad(file: str) -> Iterator[Question]:
+    with tables.open_text(file) as content:
+        try:
+            articles = json.load(content)['data']
+            for article in articles:
+                for paragraph in article['paragraphs']:
+                    for qa in paragraph['qas']:
+                        answers = () if qa.get('is_impossible') else tuple(
+                            (answer['text'], answer['answer_start']) for answer in qa.get('answers', ()))
+                        yield Question(str(qa['id']), qa['question'], paragraph['context'], answers,
+                                       'answers' in qa, f'{file}, question {qa["id"]}')
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{file}: not a SQuAD file ({type(error).__name__}: {error}).') from error
+
+
+def _plain(file: str) -> Iterator[Question]:
+    for where, record in tables.read_table(file):
+        passage, answer = str(tables.column(where, record, 'passage')), record.get('answer')
+        answers = ()
+        if answer:
+            start = record.get('answer_start', passage.find(answer))
+            if start < 0:
+                raise UserError(f'{where}: the answer {answer!r} is not in the passage.')
+            answers = ((answer, start),)
+        yield Question(str(record.get('id', where)), str(tables.column(where, record, 'question')), passage, answers,
+                       'answer' in record, where)
+
+
+def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
+           ) -> encoded.Encoded:
+    """[CLS] question [SEP] window [SEP], a window each `stride` tokens; start and end at [CLS] without a whole answer.
+
+    token_labels hold what `decode` needs: offsets into the passage, and where a token has its widest context.
+    """
+    made, owners, starts, ends, begins, finishes, widest = [], [], [], [], [], [], []
+    for number, question in enumerate(rows):
+        asked = tokenizer.encode(question.text)[:task.settings['max_query_length']]
+        ids, offsets = tokenizer.encode_with_offsets(question.passage)
+        first, last = token_span(question, offsets)
+        size = max_length - len(asked) - 3
+        if size < 1:
+            raise UserError(f'max_length {max_length} leaves no room for a passage beside questions of '
+                            f'{task.settings["max_query_length"]} tokens.')
+        spans = list(windows(len(ids), size, task.settings['stride']))
+        before = len(asked) + 2
+        for begin, end in spans:
+            made.append(([tokenizer.cls_id, *asked, tokenizer.sep_id, *ids[begin:end], tokenizer.sep_id], before))
+            owners.append(number)
+            inside = first is not None and begin <= first and last < end
+            starts.append(before + first - begin if inside else 0)
+            ends.append(before + last - begin if inside else 0)
+            begins += [*[-1] * before, *(b for b, _ in offsets[begin:end]), -1]
+            finishes += [*[-1] * before, *(e for _, e in offsets[begin:end]), -1]
+            widest += [*[0] * before, *(int(best) for best in best_context(spans, begin, end)), 0]
+    tokens = {name: np.array(values, np.int32) for name, values in
+              (('offset_begins', begins), ('offset_ends', finishes), ('best_context', widest))}
+    return encoded.collect(
+        made, {'start_positions': np.array(starts, np.int32), 'end_positions': np.array(ends, np.int32)},
+        token_labels=tokens, owners=np.array(owners), pad_id=tokenizer.pad_id, lengths=lengths)
+
+
+def token_span(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[int | None, int | None]:
+    """First and last token of the first answer; (None, None) where there is none.
+
+    A place that cuts a token in two ('four' in 'fourth') is not where the answer stands: the nearest place where its
+    text is made of whole tokens is taken instead, if there is one.
+    """
+    if not question.answers or not question.answers[0][0].strip():
+        return None, None
+    text, given = question.answers[0][0].strip(), question.answers[0][1]
+    given = question.passage.index(text, given)
+    begins = {b: i for i, (b, e) in enumerate(offsets) if e > b}
+    ends = {e: i for i, (b, e) in enumerate(offsets) if e > b}
+    whole = [m.start() for m in re.finditer(f'(?={re.escape(text)})', question.passage)
+             if m.start() in begins and m.start() + len(text) in ends]
+    if whole:
+        begin = min(whole, key=lambda place: abs(place - given))
+        return begins[begin], ends[begin + len(text)]
+    touched = [i for i, (b, e) in enumerate(offsets) if b < given + len(text) and e > given]
+    return (touched[0], touched[-1]) if touched else (None, None)
+
+
+def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int]]:
+    """[begin, end) of windows of at most `size` tokens, one each `stride`, up to the one that reaches the end."""
+    begin = 0
+    while True:
+        yield begin, min(begin + size, length)
+        if begin + size >= length:
+            return
+        begin += min(stride, size)
+
+
+def best_context(spans: Sequence[tuple[int, int]], begin: int, end: int) -> np.ndarray:
+    """bool [end - begin]: for which tokens of this window no other window has more context (the first of equals).
+
+    A token's context is the smaller of what is left and right of it, plus a hundredth of the window's length.
+    """
+    at = np.arange(begin, end)
+
+    def context(b: int, e: int) -> np.ndarray:
+        inside = (at >= b) & (at < e)
+        return np.where(inside, np.minimum(at - b, e - 1 - at) + 0.01 * (e - b), -1.0)
+
+    every = np.stack([context(b, e) for b, e in spans])
+    return every.argmax(0) == list(spans).index((begin, end))
+
+
+def decode(task: Task, rows: Sequence[Question], data: encoded.Encoded, outputs: dict[str, Sequence[np.ndarray]]
+           ) -> list[dict[str, Any]]:
+    """An answer a question, cut from its passage.
+
+    {'text', 'begin', 'end', 'null_odds', 'nbest': [{'text', 'begin', 'end', 'score', 'probability'}]}: characters;
+    null_odds is the best score of no answer (both at [CLS]) less the best score of an answer. The text is '' where
+    the task has unanswerable questions and the odds are above its threshold.
+    """
+    candidates: list[list[tuple[float, int, int]]] = [[] for _ in rows]
+    nulls = np.full(len(rows), np.inf)
+    for window, owner in enumerate(data.owners):
+        part = slice(data.starts[window], data.starts[window + 1])
+        tokens = {name: values[part] for name, values in data.token_labels.items()}
+        start, end = outputs['start_logits'][window], outputs['end_logits'][window]
+        nulls[owner] = min(nulls[owner], float(start[0] + end[0]))
+        candidates[owner] += _best_spans(start, end, tokens, task.settings)
+    found = []
+    for row, spans, null in zip(rows, candidates, nulls):
+        nbest = _nbest(row, spans, task.settings['n_best'])
+        best = nbest[0] if nbest else {'text': '', 'begin': 0, 'end': 0, 'score': -np.inf}
+        odds = float(null - best['score'])
+        answer = best
+        if task.settings['null_answers'] and odds > task.settings['null_threshold']:
+            answer = {'text': '', 'begin': 0, 'end': 0}
+        found.append({'text': answer['text'], 'begin': answer['begin'], 'end': answer['end'], 'null_odds': odds,
+                      'nbest': nbest})
+    return found
+
+
+def _best_spans(start: np.ndarray, end: np.ndarray, tokens: dict[str, np.ndarray], settings: dict[str, Any]
+                ) -> list[tuple[float, int, int]]:
+    """(score, begin, end) in characters of the best spans that begin where their context is widest."""
+    count, longest = settings['n_best'], settings['max_answer_length']
+    may_end = np.flatnonzero(tokens['offset_begins'] >= 0)
+    may_start = may_end[tokens['best_context'][may_end] > 0]
+    starts = may_start[np.argsort(-start[may_start], kind='stable')[:count]]
+    ends = may_end[np.argsort(-end[may_end], kind='stable')[:count]]
+    s, e = (x.ravel() for x in np.meshgrid(starts, ends, indexing='ij'))
+    right = (e >= s) & (e - s < longest)
+    s, e = s[right], e[right]
+    values = start[s] + end[e]
+    order = np.argsort(-values, kind='stable')[:count]
+    return [(float(values[i]), int(tokens['offset_begins'][s[i]]), int(tokens['offset_ends'][e[i]])) for i in order]
+
+
+def _nbest(row: Question, spans: list[tuple[float, int, int]], count: int) -> list[dict[str, Any]]:
+    """The best answers with different texts, and their probabilities among themselves."""
+    found, seen = [], set()
+    for value, begin, end in sorted(spans, key=lambda span: -span[0]):
+        text = row.passage[begin:end].strip()
+        if text and text not in seen and len(found) < count:
+            seen.add(text)
+            begin = row.passage.index(text, begin)
+            found.append({'text': text, 'begin': begin, 'end': begin + len(text), 'score': value})
+    if found:
+        for one, p in zip(found, scores.softmax(np.array([one['score'] for one in found]))):
+            one['probability'] = round(float(p), 6)
+    return found
+
+
+def score(task: Task, rows: Sequence[Question], outputs: dict[str, Sequence[np.ndarray]],
+          predictions: list[dict[str, Any]]) -> dict[str, float]:
+    """SQuAD's scores in per cent; with unanswerable questions at the threshold that is best for F1 on these rows."""
+    answers = {row.id: [text for text, _ in row.answers] for row in rows}
+    best = {row.id: one['nbest'][0]['text'] if one['nbest'] else '' for row, one in zip(rows, predictions)}
+    if not task.settings['null_answers']:
+        return scores.squad(answers, best)
+    odds = {row.id: one['null_odds'] for row, one in zip(rows, predictions)}
+    each = {id_: max([scores.token_f1(text, best[id_]) for text in gold] or [float(not best[id_])])
+            for id_, gold in answers.items()}
+    _, threshold = scores.best_threshold(answers, best, each, odds)
+    chosen = {id_: best[id_] if odds[id_] <= threshold else '' for id_ in answers}
+    return scores.squad(answers, chosen, odds) | {'null_threshold': threshold}
+
+
+def baseline(task: Task, rows: Sequence[Question]) -> dict[str, float]:
+    """The passage's first sentence for an answer; with unanswerable questions, never an answer."""
+    answers = {row.id: [text for text, _ in row.answers] for row in rows}
+    first = {row.id: row.passage.partition('. ')[0] for row in rows}
+    result = {'first_sentence_f1': scores.squad(answers, first)['f1']}
+    if task.settings['null_answers']:
+        result['no_answer_f1'] = scores.squad(answers, dict.fromkeys(answers, ''))['f1']
+    return result
+
+
+def labelled(rows: Sequence[Question]) -> bool:
+    """Whether the questions can be scored."""
+    return all(row.labelled for row in rows)
+
+
+def files(task: Task, split: str, rows: Sequence[Question], predictions: list[dict[str, Any]]) -> dict[str, str]:
+    """As the official evaluation takes them: id -> text, id -> odds of no answer; and the n best of each."""
+    ending = '' if split == 'dev' else f'_{split}'
+    contents = {'predictions': {row.id: found['text'] for row, found in zip(rows, predictions)},
+                'nbest_predictions': {row.id: found['nbest'] for row, found in zip(rows, predictions)}}
+    if task.settings['null_answers']:
+        contents['null_odds'] = {row.id: found['null_odds'] for row, found in zip(rows, predictions)}
+    return {f'{name}{ending}.json': json.dumps(content, ensure_ascii=False, indent=1) + '\n'
+            for name, content in contents.items()}
+
+
+def parse(value: Any) -> Question:
+    """A question of what predict is given: (question, passage), or {'question', 'passage'}."""
+    if isinstance(value, dict):
+        value = value['question'], value['passage']
+    text, passage = value
+    return Question('', text, passage, (), False, '')
+
+
+def describe(row: Question) -> dict[str, Any]:
+    """What a prediction is printed with."""
+    return {'id': row.id, 'question': row.text} if row.id else {'question': row.text}

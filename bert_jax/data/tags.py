@@ -1,0 +1,268 @@
+"""Token tagging: CoNLL column files -> windows of sentences -> tags of words."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from bert_jax import scores
+from bert_jax.cli import UserError, choose
+from bert_jax.data import encoded, tables
+from bert_jax.data.task import Task
+from bert_jax.data.tokenizer import Tokenizer
+
+DOCUMENT = '-DOCSTART-'
+TAG = re.compile(r'(?:([BIESLU])-(.+))|O')
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+    """One sentence.
+
+    Attributes:
+      words: its words.
+      tags: IOB2, one a word; None in a split without labels.
+      document: number of its document; context never comes from another one.
+      where: file and line of its first word.
+    """
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...] | None
+    document: int
+    where: str
+
+
+def read(file: str, word_column: int, tag_column: int, scheme: str, labelled: bool) -> list[Sentence]:
+    """Sentences of a column file: a word a line, blank lines between sentences, -DOCSTART- between documents.
+
+    Args:
+      file: its path; columns are separated by spaces or tabs.
+      word_column, tag_column: numbers, from 0; negative ones count from the end.
+      scheme: of its tags: 'iob1', 'iob2' or 'iobes'; IOB2 comes out.
+      labelled: whether tags are there.
+
+    Raises:
+      UserError: a line with too few columns, a tag that is none of the scheme (file and line), no sentence.
+    """
+    convert = choose('tag scheme', SCHEMES, scheme)
+    sentences, words, tags, document, first = [], [], [], 0, 0
+    with tables.open_text(file) as lines:
+        for number, line in enumerate((*lines, ''), 1):
+            fields = line.split()
+            if fields and fields[0] != DOCUMENT:
+                if not words:
+                    first = number
+                try:
+                    words.append(fields[word_column])
+                    tags.append(fields[tag_column] if labelled else 'O')
+                except IndexError as error:
+                    raise UserError(f'{file}:{number}: {len(fields)} columns; word_column is {word_column}, '
+                                    f'tag_column {tag_column}.') from error
+                if not TAG.fullmatch(tags[-1]):
+                    raise UserError(f'{file}:{number}: {tags[-1]!r} is not a tag; O, B-TYPE, I-TYPE are.')
+                continue
+            if words:
+                where = f'{file}:{first}'
+                sentences.append(Sentence(tuple(words), tuple(convert(tags, file, first)) if labelled else None,
+                                          document, where))
+                words, tags = [], []
+            document += bool(fields)
+    if not sentences:
+        raise UserError(f'{file}: no sentences in it.')
+    return sentences
+
+
+def _parts(tags: Sequence[str]) -> Iterator[tuple[int, str, str, str, str]]:
+    """(position, prefix, type, prefix before, type before) of each tag."""
+    before = ('O', '')
+    for at, tag in enumerate(tags):
+        prefix, _, kind = tag.partition('-')
+        yield at, prefix, kind, *before
+        before = (prefix, kind)
+
+
+def _from_iob1(tags: Sequence[str], file: str, line: int) -> Iterator[str]:
+    """B- only where an entity follows another of its type."""
+    for at, prefix, kind, before, kind_before in _parts(tags):
+        if prefix not in 'OIB':
+            raise UserError(f'{file}:{line + at}: {tags[at]!r} is not IOB1.')
+        starts = prefix == 'B' or before == 'O' or kind != kind_before
+        yield 'O' if prefix == 'O' else f'{"B" if starts else "I"}-{kind}'
+
+
+def _from_iob2(tags: Sequence[str], file: str, line: int) -> Iterator[str]:
+    """B- at every entity's first word."""
+    for at, prefix, kind, before, kind_before in _parts(tags):
+        if prefix not in 'OIB' or (prefix == 'I' and (before == 'O' or kind != kind_before)):
+            raise UserError(f'{file}:{line + at}: {tags[at]!r} is not IOB2 after '
+                            f'{tags[at - 1] if at else "nothing"!r}; is the file IOB1 (scheme=iob1)?')
+        yield tags[at]
+
+
+def _from_iobes(tags: Sequence[str], file: str, line: int) -> Iterator[str]:
+    """E- (L-) at an entity's last word, S- (U-) at its only one."""
+    for at, prefix, kind, before, kind_before in _parts(tags):
+        inside = before in 'BI' and kind == kind_before
+        if (prefix in 'IEL') != inside:
+            raise UserError(f'{file}:{line + at}: {tags[at]!r} is not IOBES after '
+                            f'{tags[at - 1] if at else "nothing"!r}.')
+        yield 'O' if prefix == 'O' else f'{"B" if prefix in "BSU" else "I"}-{kind}'
+
+
+SCHEMES = {'iob1': _from_iob1, 'iob2': _from_iob2, 'iobes': _from_iobes}
+
+
+def with_tags(task: Task) -> Task:
+    """A task whose tags are those of its training split, B- and I- of each type, O first; checks every tag."""
+    types = sorted({tag[2:] for sentence in task.splits['train'] for tag in sentence.tags} - {''})
+    labels = task.labels or ('O', *(f'{prefix}-{kind}' for kind in types for prefix in 'BI'))
+    for sentences in task.splits.values():
+        for sentence in sentences:
+            for tag in sentence.tags or ():
+                if tag not in labels:
+                    raise UserError(f'{sentence.where}: tag {tag!r} is not in the label set: {", ".join(labels)}.')
+    return dataclasses.replace(task, labels=labels)
+
+
+def encode(task: Task, rows: Sequence[Sentence], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
+           ) -> encoded.Encoded:
+    """Windows: each word is tagged once, by its first piece, in a window where it has context on both sides.
+
+    A sentence that is too long is cut into cores of half a window, each with the words around it. With
+    `document_context` every window is filled up with the sentences around (Devlin et al. 2019, 5.3).
+    """
+    budget = max_length - 2
+    pieces = [[(tokenizer.encode(word) or [tokenizer.unk_id])[:budget] for word in row.words] for row in rows]
+    made, label_ids, words, owners = [], [], [], []
+    first_word = np.cumsum([0, *(len(row.words) for row in rows)])
+    for number, row in enumerate(rows):
+        low = high = number
+        if task.settings.get('document_context'):
+            low, high = _document(rows, number, pieces, budget)
+        around = [piece for sentence in pieces[low:high + 1] for piece in sentence]
+        offset = sum(map(len, pieces[low:number]))                                    # words before this sentence
+        for begin, end in _cores([len(piece) for piece in pieces[number]], budget):
+            left, right = _widen([len(piece) for piece in around], offset + begin, offset + end, budget)
+            ids, labels, which = [tokenizer.cls_id], [-1], [-1]
+            for at in range(left, right):
+                word, inside = at - offset, offset + begin <= at < offset + end
+                ids += around[at]
+                rest = [-1] * (len(around[at]) - 1)
+                labels += [task.labels.index(row.tags[word]) if inside and row.tags else -1, *rest]
+                which += [int(first_word[number]) + word if inside else -1, *rest]
+            made.append(([*ids, tokenizer.sep_id], len(ids) + 1))
+            label_ids += [*labels, -1]
+            words += [*which, -1]
+            owners.append(number)
+    flat = {'label_ids': np.array(label_ids, np.int32), 'words': np.array(words, np.int32)}
+    return encoded.collect(made, {}, pad_id=tokenizer.pad_id, lengths=lengths, owners=np.array(owners),
+                           token_labels=flat)
+
+
+def _cores(sizes: list[int], budget: int) -> Iterator[tuple[int, int]]:
+    """[begin, end) of words: the whole sentence where it fits, else runs of at most half a window."""
+    if sum(sizes) <= budget:
+        yield 0, len(sizes)
+        return
+    begin, used = 0, 0
+    for at, size in enumerate(sizes):
+        if at > begin and used + size > max(budget // 2, 1):
+            yield begin, at
+            begin, used = at, 0
+        used += size
+    yield begin, len(sizes)
+
+
+def _widen(sizes: list[int], begin: int, end: int, budget: int) -> tuple[int, int]:
+    """Grows [begin, end) by words on both sides in turn, as far as the budget of pieces goes."""
+    left = budget - sum(sizes[begin:end])
+    grown = True
+    while grown:
+        grown = False
+        if begin > 0 and sizes[begin - 1] <= left:
+            begin, left, grown = begin - 1, left - sizes[begin - 1], True
+        if end < len(sizes) and sizes[end] <= left:
+            end, left, grown = end + 1, left - sizes[end], True
+    return begin, end
+
+
+def _document(rows: Sequence[Sentence], number: int, pieces: list[list[list[int]]], budget: int) -> tuple[int, int]:
+    """The sentences of the same document that a window around this one could reach."""
+    low = high = number
+    for step in (-1, 1):
+        at, used = number + step, 0
+        while 0 <= at < len(rows) and rows[at].document == rows[number].document and used < budget:
+            used += sum(map(len, pieces[at]))
+            low, high = min(low, at), max(high, at)
+            at += step
+    return low, high
+
+
+def decode(task: Task, rows: Sequence[Sentence], data: encoded.Encoded, outputs: dict[str, np.ndarray]
+           ) -> list[dict[str, Any]]:
+    """{'tags', 'entities': [{'type', 'begin', 'end', 'text'}]} a sentence; positions are words."""
+    tags = np.zeros(sum(len(row.words) for row in rows), np.int64)
+    flat = np.concatenate([logits.argmax(-1) for logits in outputs['logits']])        # a window each, unpadded
+    places = data.token_labels['words'] >= 0
+    tags[data.token_labels['words'][places]] = flat[places]
+    found, at = [], 0
+    for row in rows:
+        names = [task.labels[i] for i in tags[at:at + len(row.words)]]
+        at += len(row.words)
+        found.append({'tags': names, 'entities': entities(row.words, names)})
+    return found
+
+
+def entities(words: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
+    """Runs of one type, as conlleval reads them: an I- after another type begins an entity too."""
+    found = []
+    for at, prefix, kind, _, before in _parts(tags):
+        if prefix == 'O':
+            continue
+        if prefix == 'B' or kind != before:
+            found.append({'type': kind, 'begin': at, 'end': at})
+        found[-1]['end'] = at + 1
+    return [entity | {'text': ' '.join(words[entity['begin']:entity['end']])} for entity in found]
+
+
+def score(task: Task, rows: Sequence[Sentence], outputs: dict[str, np.ndarray], predictions: list[dict[str, Any]]
+          ) -> dict[str, float]:
+    """Entity F1 and its parts (IOB2, counted as conlleval does)."""
+    return scores.tagging([list(row.tags) for row in rows], [prediction['tags'] for prediction in predictions])
+
+
+def baseline(task: Task, rows: Sequence[Sentence]) -> dict[str, float]:
+    """Each word its most frequent tag in training, O for new ones."""
+    seen: dict[str, Counter] = {}
+    for sentence in task.splits['train']:
+        for word, tag in zip(sentence.words, sentence.tags):
+            seen.setdefault(word, Counter())[tag] += 1
+    best = {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
+    guesses = [[best.get(word, 'O') for word in row.words] for row in rows]
+    return {'majority_f1': scores.tagging([list(row.tags) for row in rows], guesses)['f1']}
+
+
+def labelled(rows: Sequence[Sentence]) -> bool:
+    """Whether the sentences can be scored."""
+    return all(row.tags is not None for row in rows)
+
+
+def files(task: Task, split: str, rows: Sequence[Sentence], predictions: list[dict[str, Any]]) -> dict[str, str]:
+    """Columns as conlleval reads them: word, tag given (where known), tag predicted."""
+    sentences = ('\n'.join(' '.join(columns) for columns in zip(
+        row.words, *([row.tags] if row.tags else []), found['tags'])) for row, found in zip(rows, predictions))
+    return {f'predictions_{split}.conll': '\n\n'.join(sentences) + '\n'}
+
+
+def parse(value: Any) -> Sentence:
+    """A sentence of what predict is given: words with spaces between them, or {'words': [...]}."""
+    words = value['words'] if isinstance(value, dict) else value.split() if isinstance(value, str) else value
+    return Sentence(tuple(words) or ('',), None, 0, '')
+
+
+def describe(row: Sentence) -> dict[str, Any]:
+    """What a prediction is printed with."""
+    return {'words': list(row.words)}

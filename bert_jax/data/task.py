@@ -1,0 +1,28 @@
+"""What a fine-tuning task is."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Labelled examples, and how they are scored.
+
+    Attributes:
+      kind: a KINDS name: which target learns it, how it is encoded, decoded and scored.
+      splits: examples of 'train', 'dev', ..., 'test', ...; a name that begins with dev is scored, one that begins
+        with test is predicted. Test splits may be empty or missing.
+      labels: the names of classes or tags; () where there are none.
+      best: the score, on the first dev split, that chooses a checkpoint.
+      settings: of the kind (max_query_length, document_context, ...).
+      submission: split -> GLUE's name for its file of predictions.
+      skipped: broken rows that were left out, in words; '' for none.
+    """
+
+    kind: str
+    splits: dict[str, list[Any]]
+    labels: tuple[str, ...] = ()
+    best: str = 'accuracy'
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    submission: dict[str, str] = dataclasses.field(default_factory=dict)
+    skipped: str = ''

@@ -1,0 +1,177 @@
+"""Sentences and pairs with a class, several classes, or a number: classification, multi-label, regression."""
+
+import csv
+import dataclasses
+import io
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bert_jax import scores
+from bert_jax.cli import UserError
+from bert_jax.data import encoded, tables
+from bert_jax.data.task import Task
+from bert_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One example as text.
+
+    Attributes:
+      text, pair: the texts; pair is None for single sentences.
+      label: a class name, a tuple of them, or a number; None in a test split.
+      where: its file and line.
+    """
+
+    text: str
+    pair: str | None
+    label: Any
+    where: str
+
+
+def read(file: str, text: str, pair: str, label: str) -> list[Row]:
+    """Rows of a table; `pair` and `label` may be '', for none."""
+    rows = []
+    for where, record in tables.read_table(file):
+        value = tables.column(where, record, label) if label else None
+        other = str(tables.column(where, record, pair)) if pair else None
+        rows.append(Row(str(tables.column(where, record, text)), other,
+                        value if value is None or isinstance(value, list) else str(value), where))
+    if not rows:
+        raise UserError(f'{file}: no rows in it.')
+    return rows
+
+
+def with_classes(task: Task) -> Task:
+    """A task whose label names, unless given, are those of its training split; checks every label.
+
+    Raises:
+      UserError: one label only, or a label that is not in the set (file and line).
+    """
+    labels = task.labels or tuple(sorted({row.label for row in task.splits['train']}))
+    if len(labels) < 2:
+        raise UserError(f'{task.splits["train"][0].where.rpartition(":")[0]}: only one label, {labels[0]!r}.')
+    for rows in task.splits.values():
+        for row in rows:
+            if row.label is not None and row.label not in labels:
+                raise UserError(f'{row.where}: label {row.label!r} is not in the label set: {", ".join(labels)}.')
+    return dataclasses.replace(task, labels=labels)
+
+
+def with_label_sets(task: Task) -> Task:
+    """A multi-label task: each label is a list (JSON lines) or names with spaces, commas or | between them."""
+    def parts(row: Row) -> Row:
+        names = row.label.replace(',', ' ').replace('|', ' ').split() if isinstance(row.label, str) else row.label
+        return dataclasses.replace(row, label=None if names is None else tuple(map(str, names)))
+
+    splits = {split: [parts(row) for row in rows] for split, rows in task.splits.items()}
+    labels = task.labels or tuple(sorted({name for row in splits['train'] for name in row.label}))
+    for rows in splits.values():
+        for row in rows:
+            for name in row.label or ():
+                if name not in labels:
+                    raise UserError(f'{row.where}: label {name!r} is not in the label set: {", ".join(labels)}.')
+    return dataclasses.replace(task, splits=splits, labels=labels)
+
+
+def with_numbers(task: Task) -> Task:
+    """A regression task: every label is a number."""
+    def number(row: Row) -> Row:
+        try:
+            return dataclasses.replace(row, label=None if row.label is None else float(row.label))
+        except ValueError as error:
+            raise UserError(f'{row.where}: label {row.label!r} is not a number.') from error
+
+    splits = {split: [number(row) for row in rows] for split, rows in task.splits.items()}
+    return dataclasses.replace(task, splits=splits)
+
+
+def encode(task: Task, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
+           ) -> encoded.Encoded:
+    """One example a row; labels as label_ids [R] int32, multi-hot float32 [R, C], or float32 [R]."""
+    made, truncated = [], 0
+    for row in rows:
+        pair = None if row.pair is None else tokenizer.encode(row.pair)
+        one, cut = encoded.join(tokenizer, tokenizer.encode(row.text), pair, max_length)
+        made.append(one)
+        truncated += cut
+    return encoded.collect(made, {'label_ids': label_ids(task, rows)}, pad_id=tokenizer.pad_id, lengths=lengths,
+                           truncated=truncated)
+
+
+def label_ids(task: Task, rows: Sequence[Row]) -> np.ndarray:
+    """What a target reads; rows without a label get zeros."""
+    if task.kind == 'regression':
+        return np.array([row.label or 0.0 for row in rows], np.float32)
+    if task.kind == 'multilabel':
+        return np.array([[name in (row.label or ()) for name in task.labels] for row in rows], np.float32)
+    return np.array([task.labels.index(row.label) if row.label is not None else 0 for row in rows], np.int32)
+
+
+def decode(task: Task, rows: Sequence[Row], data: encoded.Encoded, outputs: dict[str, np.ndarray]
+           ) -> list[dict[str, Any]]:
+    """A prediction a row: {'label', 'scores'}, {'labels', 'scores'} or {'value'}."""
+    logits = outputs['logits']
+    if task.kind == 'regression':
+        return [{'value': float(value)} for value in logits]
+    if task.kind == 'multilabel':
+        return [{'labels': [name for name, p in zip(task.labels, row) if p > 0.5],
+                 'scores': dict(zip(task.labels, row.round(6).tolist()))} for row in scores.sigmoid(logits)]
+    return [{'label': task.labels[int(row.argmax())], 'scores': dict(zip(task.labels, row.round(6).tolist()))}
+            for row in scores.softmax(logits)]
+
+
+def score(task: Task, rows: Sequence[Row], outputs: dict[str, np.ndarray], predictions: list[dict[str, Any]]
+          ) -> dict[str, float]:
+    """Against the rows' labels."""
+    found = {'regression': scores.regression, 'multilabel': scores.multilabel, 'classification': scores.classification}
+    return found[task.kind](outputs['logits'], label_ids(task, rows), task.labels)
+
+
+def baseline(task: Task, rows: Sequence[Row]) -> dict[str, float]:
+    """What always saying the training split's most frequent label, or its mean, scores on `rows`."""
+    train = [row.label for row in task.splits['train']]
+    if task.kind == 'regression':
+        truth = np.array([row.label for row in rows])
+        return {'baseline_mse': float(np.mean((truth - np.mean(train)) ** 2))}
+    ((label, _),) = Counter(train).most_common(1)
+    return {'majority_accuracy': float(np.mean([row.label == label for row in rows]))}
+
+
+def labelled(rows: Sequence[Row]) -> bool:
+    """Whether the rows can be scored."""
+    return all(row.label is not None for row in rows)
+
+
+def files(task: Task, split: str, rows: Sequence[Row], predictions: list[dict[str, Any]]) -> dict[str, str]:
+    """One TSV: the row's number, what is predicted, the label given if any, each label's probability."""
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter='\t', lineterminator='\n')
+    writer.writerow(('index', 'prediction', 'label', *(f'p({label})' for label in task.labels)))
+    for number, (row, found) in enumerate(zip(rows, predictions)):
+        said = next(found[name] for name in ('label', 'labels', 'value') if name in found)
+        writer.writerow((number, _written(said), _written(row.label),
+                         *(f'{p:.6f}' for p in found.get('scores', {}).values())))
+    return {f'predictions_{split}.tsv': out.getvalue()}
+
+
+def _written(label: Any) -> str:
+    if isinstance(label, float):
+        return f'{label:.6f}'
+    return '' if label is None else label if isinstance(label, str) else '|'.join(label)
+
+
+def parse(value: Any) -> Row:
+    """A row of what predict is given: a text, (text, pair), or {'text', 'text_pair'}."""
+    if isinstance(value, dict):
+        value = (value['text'], *filter(None, [value.get('text_pair')]))
+    text, *pair = (value,) if isinstance(value, str) else value
+    return Row(text, pair[0] if pair else None, None, '')
+
+
+def describe(row: Row) -> dict[str, Any]:
+    """What a prediction is printed with."""
+    return {'text': row.text} | ({} if row.pair is None else {'text_pair': row.pair})

@@ -1,0 +1,91 @@
+"""Several fine-tuning runs in one process: the paper's grid, restarts, several checkpoints.
+
+    workdir/runs/NAME/     each run, a workdir of its own
+    workdir/sweep.json     every run's settings and scores, the chosen one
+    workdir/sweep.tsv      the same as a table; sweep.png: the dev score over steps
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from bert_jax import paths, plots, workdir
+from bert_jax.cli import UserError
+
+SHORT = {'batch_size': 'batch', 'peak': 'lr', 'epochs': 'epochs', 'seed': 'seed'}
+
+
+def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """(name, config) of every run: checkpoints x grid x seeds; one run has no name.
+
+    Raises:
+      UserError: a sweep that is not known.
+    """
+    if config.sweep not in ('', 'paper'):
+        raise UserError(f"--config.sweep={config.sweep}: '' (none) and 'paper' are known; config.grid has its values.")
+    axes: dict[str, Any] = {'init_from': config.init_from.split(',')}
+    if config.sweep:
+        axes |= {key: tuple(values) for key, values in config.grid.items()}
+    axes['seed'] = range(config.seed, config.seed + config.seeds)
+    runs = []
+    for values in itertools.product(*axes.values()):
+        setting = dict(zip(axes, values))
+        one = config.copy_and_resolve_references()
+        one.init_from, one.seed, one.sweep, one.seeds = setting['init_from'], setting['seed'], '', 1
+        one.schedule.peak = setting.get('peak', one.schedule.peak)
+        for key in ('batch_size', 'epochs'):
+            one[key] = type(one[key])(setting.get(key, one[key]))
+        parts = [epath.Path(setting['init_from']).name] if len(axes['init_from']) > 1 else []
+        parts += [f'{SHORT[key]}{setting[key]:g}' for key in axes if key in SHORT]
+        runs.append(('-'.join(parts), one))
+    return runs if len(runs) > 1 else [('', runs[0][1])]
+
+
+def run_all(config: ConfigDict, path: str, runs: list[tuple[str, ConfigDict]], make_job: Callable, run: Callable
+            ) -> dict[str, float]:
+    """Runs those that are not finished, writes the table, and returns the chosen run's scores.
+
+    Args:
+      config, path: of the sweep.
+      runs: from `expand`.
+      make_job: config -> what runs from one checkpoint share.
+      run: (job, config, path) -> scores.
+    """
+    folder, jobs, results = epath.Path(path), {}, {}
+    for number, (name, one) in enumerate(runs, 1):
+        work, source = folder / 'runs' / name, one.init_from
+        if (work / 'results.json').exists():
+            results[name] = workdir.read_json(work / 'results.json')
+            continue
+        print(f'== run {number} of {len(runs)}: {name}')
+        if source not in jobs:
+            jobs = {source: make_job(one)}  # one checkpoint in memory at a time
+        score = config.best or f'dev/{jobs[source].task.best}'
+        results[name] = run(jobs[source], one, str(work)) | {'chosen_by': score}
+        workdir.write_json(work / 'results.json', results[name])
+    score = next(iter(results.values()))['chosen_by']
+    chosen = max(results, key=lambda name: results[name][score])
+    values = [found[score] for found in results.values()]
+    summary = {'score': score, 'chosen': chosen, 'mean': statistics.mean(values), 'median': statistics.median(values),
+               'standard_deviation': statistics.stdev(values), 'lowest': min(values), 'highest': max(values)}
+    workdir.write_json(folder / 'sweep.json', summary | {'runs': results})
+    columns = [name for name, value in results[chosen].items() if isinstance(value, float)]
+    rows = ['\t'.join(['run', *columns])] + ['\t'.join([name, *(f'{found[c]:.4f}' for c in columns)])
+                                             for name, found in results.items()]
+    paths.write_whole(folder / 'sweep.tsv', '\n'.join(rows) + '\n')
+    plots.sweep(folder, [(name, folder / 'runs' / name) for name, _ in runs], score)
+    _print_table(path, summary, results)
+    return results[chosen]
+
+
+def _print_table(path: str, summary: dict[str, Any], results: dict[str, dict[str, float]]) -> None:
+    score, width = summary['score'], max(map(len, results))
+    print(f'\n{path}: {len(results)} runs (sweep.tsv, sweep.png)')
+    for name, found in sorted(results.items(), key=lambda item: -item[1][score]):
+        print(f'  {name:<{width}}  {found[score]:.4f}' + ('  <- chosen' if name == summary['chosen'] else ''))
+    print(f'  {score}: mean {summary["mean"]:.4f}, standard deviation {summary["standard_deviation"]:.4f}, median '
+          f'{summary["median"]:.4f}, {summary["lowest"]:.4f} to {summary["highest"]:.4f}; chosen by the dev split.')
