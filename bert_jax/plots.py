@@ -8,23 +8,26 @@ from etils import epath
 
 from bert_jax.metrics import read_log
 
+SCORES = ('/accuracy', '/matthews', '/spearman', '/f1', '/f1_micro', '/exact')
+
 
 def curves(workdir: epath.Path) -> None:
-    """Draws the losses and accuracies of log.jsonl over steps, training and evaluation, into curves.png."""
+    """Draws the losses and scores of log.jsonl over steps, training and evaluation, into curves.png."""
     plt = _pyplot()
     records = read_log(workdir / 'log.jsonl')
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-    for panel, ending in zip(panels, ('loss', 'accuracy')):
-        names = sorted({name for record in records for name in record if name.endswith(ending)})
+    for panel, endings in zip(panels, (('loss',), SCORES)):
+        names = sorted({name for record in records for name in record if name.endswith(endings)})
         for name in names:
             points = [(record['step'], record[name]) for record in records if name in record]
             is_evaluation = name.count('/') > 1
             panel.plot(*zip(*points), label=name, marker='o' if is_evaluation else '',
                        linestyle='--' if 'unigram' in name else '-', linewidth=1.5 if is_evaluation else 0.9)
         panel.set_xlabel('step')
-        panel.set_ylabel(ending + (' (nats)' if ending == 'loss' else ''))
+        panel.set_ylabel('loss (nats)' if endings == ('loss',) else 'score')
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        if names:
+            panel.legend(fontsize=8)
     _save(plt, figure, workdir / 'curves.png')
 
 

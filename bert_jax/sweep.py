@@ -40,7 +40,7 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         for key in ('batch_size', 'epochs'):
             one[key] = type(one[key])(setting.get(key, one[key]))
         parts = [epath.Path(setting['init_from']).name] if len(axes['init_from']) > 1 else []
-        parts += [f'{SHORT[key]}{setting[key]:g}' for key in axes if key in SHORT]
+        parts += [f'{short}{setting[key]:g}' for key, short in SHORT.items() if key in axes]
         runs.append(('-'.join(parts), one))
     return runs if len(runs) > 1 else [('', runs[0][1])]
 

@@ -237,7 +237,9 @@ def score(task: Task, rows: Sequence[Question], outputs: dict[str, Sequence[np.n
     odds = {row.id: one['null_odds'] for row, one in zip(rows, predictions)}
     each = {id_: max([scores.token_f1(text, best[id_]) for text in gold] or [float(not best[id_])])
             for id_, gold in answers.items()}
-    _, threshold = scores.best_threshold(answers, best, each, odds)
+    value, threshold = scores.best_threshold(answers, best, each, odds)
+    if value == 100 * sum(not gold for gold in answers.values()) / len(answers):
+        threshold = min(odds.values()) - 1.0  # never answering is best; the published search says 0 then
     chosen = {id_: best[id_] if odds[id_] <= threshold else '' for id_ in answers}
     return scores.squad(answers, chosen, odds) | {'null_threshold': threshold}
 

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,7 +114,7 @@ class Tokenizer:
         """
         if self.kind == 'wordpiece':
             encoded = self._backend.encode(text, add_special_tokens=False)
-            return encoded.ids, encoded.offsets
+            return encoded.ids, _with_accents(text, encoded.offsets)
         encoded = self._backend.encode(text, return_type='offset_mapping')
         return list(encoded['ids']), list(encoded['offsets'])
 
@@ -153,6 +154,16 @@ class Tokenizer:
     def _encode_word(self, word: str) -> bytes:
         ids = self._backend.encode(word, add_special_tokens=False).ids
         return np.array(ids, self.id_type).tobytes()
+
+
+def _with_accents(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that end before an accent that normalisation dropped, written as a character of its own, take it in."""
+    widened = []
+    for (begin, end), (limit, _) in zip(offsets, (*offsets[1:], (len(text), 0))):
+        while begin < end < limit and unicodedata.combining(text[end]):
+            end += 1
+        widened.append((begin, end))
+    return widened
 
 
 class _WordCache(dict):

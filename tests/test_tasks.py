@@ -1,0 +1,377 @@
+"""Every fine-tuning task, from files as users have them to predictions."""
+
+import csv
+import json
+
+import numpy as np
+import peers
+import pytest
+from conftest import expect_error, run_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bert_jax
+from bert_jax import cli, finetune, scores
+from bert_jax.cli import UserError
+from bert_jax.data import choices, encoded, glue, spans, tags, tasks, tokenizer
+from bert_jax.data.task import Task
+
+RNG = np.random.default_rng(0)
+
+
+def word(kind, i):
+    """Words that give their label away: w1-w9, w11-w19, ..."""
+    return f'w{10 * kind + 1 + i % 9}'
+
+
+def text(kind, length=4):
+    return ' '.join(word(kind, int(i)) for i in RNG.integers(0, 9, length))
+
+
+def table(path, header, rows):
+    with path.open('w', newline='') as file:
+        writer = csv.writer(file, delimiter=',' if path.suffix == '.csv' else '\t')
+        writer.writerows([header, *rows])
+    return path
+
+
+def json_lines(path, records):
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return path
+
+
+def make(name, folder, count=16):
+    """Generated data for any of TASKS, a train and a dev file of the same rows: the settings that read them."""
+    both = lambda path: {'train_file': str(path), 'dev_file': str(path)}  # noqa: E731
+    if name == 'classification':
+        return both(table(folder / 'c.csv', ('text', 'label'), [(text(i % 3), 'abc'[i % 3]) for i in range(count)]))
+    if name == 'multilabel':
+        return both(table(folder / 'm.tsv', ('text', 'label'), [(f'{text(i % 2)} {text(2 + i // 2 % 2)}', f'{"ab"[i % 2]}|{"cd"[i // 2 % 2]}')
+                                                               for i in range(count)]))
+    if name == 'regression':
+        return both(table(folder / 'r.csv', ('text', 'label'), [(f'{word(i % 4, 0)} {word(i % 4, 1)}', i % 4 / 2) for i in range(count)]))
+    if name in ('tagging', 'conll2003'):
+        lines = ['-DOCSTART- -X- O O', '']
+        for i in range(count):
+            lines += [f'{word(0, i)} N O', f'{word(1, i)} N B-PER', f'{word(2, i)} N I-PER', f'{word(3, i)} V O', '']
+        if name == 'tagging':
+            (folder / 't.conll').write_text('\n'.join(lines))
+            return both(folder / 't.conll')
+        for part in ('train', 'testa', 'testb'):
+            (folder / f'eng.{part}').write_text('\n'.join(lines).replace('B-PER', 'I-PER'))
+        return {'folder': str(folder)}
+    if name == 'span':
+        records = [{'question': text(0, 2), 'passage': f'{text(1)} {word(2, i)} {word(3, i)} {text(4)}', 'answer': f'{word(2, i)} {word(3, i)}'}
+                   for i in range(count)]
+        return both(json_lines(folder / 's.jsonl', records))
+    if name == 'choice':
+        records = [{'context': text(0), 'choices': [text(2) if j == i % 3 else text(1) for j in range(3 + i % 2)], 'label': i % 3}
+                   for i in range(count)]
+        return both(json_lines(folder / 'q.jsonl', records))
+    layout = glue.LAYOUTS[name]
+    label = lambda i: layout.labels[i % len(layout.labels)] if layout.labels else f'{i % 4}.000'  # noqa: E731
+    for split, file in layout.files.items():
+        test = split.startswith('test')
+        names = [c for c in (layout.text, layout.pair, '' if test else layout.label) if c]
+        cells = lambda i: {layout.text: text(i % max(len(layout.labels), 4) if not layout.labels else i % len(layout.labels)),  # noqa: E731
+                           layout.pair: text(4), layout.label: label(i)}
+        if name == 'cola' and not test:
+            rows = [f'gj04\t{cells(i)["1"]}\t\t{cells(i)["3"]}' for i in range(count)]
+        else:
+            if name == 'cola':
+                names = ['sentence']
+            rows = ['\t'.join(['index', *names])] + ['\t'.join([str(i), *(cells(i).get(c, text(0)) for c in names)]) for i in range(count)]
+        mark = '\ufeff' if name == 'mrpc' else ''
+        (folder / file).write_text(mark + '\n'.join(rows) + '\n')
+    return {'folder': str(folder)}
+
+
+SCORE = {'classification': ('dev/accuracy', 1), 'multilabel': ('dev/accuracy', 1), 'regression': ('dev/spearman', 0.97), 'tagging': ('dev/f1', 1),
+         'span': ('dev/exact', 100), 'choice': ('dev/accuracy', 1)}
+
+
+@pytest.fixture(scope='session')
+def model(tmp_path_factory):
+    """A small BERT with random weights that knows the words w0 to w61."""
+    return peers.save(peers.model(hidden_size=64, num_attention_heads=2, intermediate_size=128, max_position_embeddings=64),
+                      tmp_path_factory.mktemp('model') / 'hf')
+
+
+def config(name, model, settings, *overrides):
+    c = cli.load_config(f'configs/finetune.py:{name}', [
+        f'--config.init_from={model}', '--config.max_length=32', '--config.batch_size=8', '--config.dropout_rate=0.0',
+        '--config.schedule.peak=2e-3', '--config.log_every=20', *(f'--config.{o}' for o in overrides)])
+    with c.unlocked():
+        c.task.update(settings)
+    return c
+
+
+@pytest.mark.parametrize('name', sorted(set(tasks.TASKS) - set(glue.LAYOUTS) - {'conll2003'}))
+def test_sixteen_examples_are_learned_by_heart_and_predicted_again(name, model, tmp_path):
+    """One of each kind: training, scores, files, and predict give the same."""
+    c = config(name, model, make(name, tmp_path), 'epochs=40.0', 'evals_per_epoch=1')
+    results = finetune.finetune(c, str(tmp_path / 'work'))
+    score, value = SCORE[name]
+    assert results[score] >= value, results
+    predict = bert_jax.load(str(tmp_path / 'work'))
+    task = tasks.TASKS[name](**{k: v for k, v in c.task.items() if k != 'name'})
+    rows = task.splits['dev']
+    given_to_predict = {'tagging': lambda r: {'words': list(r.words)}, 'span': lambda r: (r.text, r.passage),
+                        'choice': lambda r: (r.context, *r.choices)}.get(name, lambda r: r.text)
+    found = predict([given_to_predict(row) for row in rows])
+    if name == 'classification':
+        assert [f['label'] for f in found] == [r.label for r in rows]
+        assert (tmp_path / 'work' / 'confusion.png').stat().st_size > 5000
+    if name == 'multilabel':
+        assert [tuple(f['labels']) for f in found] == [r.label for r in rows]
+    if name == 'regression':
+        assert scores.regression(np.array([f['value'] for f in found]), np.array([r.label for r in rows]))['spearman'] >= value
+    if name == 'tagging':
+        assert [tuple(f['tags']) for f in found] == [r.tags for r in rows]
+        entity = found[3]['entities'][0]
+        assert (entity['type'], entity['begin'], entity['end']) == ('PER', 1, 3) and entity['text'] == ' '.join(rows[3].words[1:3])
+        assert (tmp_path / 'work' / 'predictions_dev.conll').read_text().splitlines()[1].split() == [rows[0].words[1], 'B-PER', 'B-PER']
+    if name == 'span':
+        assert [f['text'] for f in found] == [r.answers[0][0] for r in rows]
+        assert all(r.passage[f['begin']:f['end']] == f['text'] for r, f in zip(rows, found))
+        assert list(json.loads((tmp_path / 'work' / 'predictions.json').read_text()).values()) == [f['text'] for f in found]
+    if name == 'choice':
+        assert [f['choice'] for f in found] == [r.label for r in rows] and {len(f['scores']) for f in found} == {3, 4}
+
+
+@pytest.mark.parametrize('name', [*glue.LAYOUTS, 'conll2003'])
+def test_the_contract_of_every_task(name, tmp_path, model):
+    settings = make(name, tmp_path, count=12)
+    c = config(name, model, settings)
+    task = tasks.TASKS[c.task.name](**{k: v for k, v in c.task.items() if k != 'name'})
+    kind, tok = tasks.KINDS[task.kind], tokenizer.load(model)
+    assert {'train', 'dev'} <= task.splits.keys() and len(task.splits['train']) == 12
+    for split, rows in task.splits.items():
+        data = kind.module.encode(task, rows, tok, 32, (16, 32))
+        assert len(data) == len(rows)
+        numbers = np.concatenate([n for n, _ in data.evaluation_batches(5)])
+        assert sorted(numbers) == list(range(len(rows)))
+        if task.kind == 'tagging':
+            outputs = {'logits': [RNG.normal(size=(int(n), len(task.labels))) for n in data.longest]}
+        else:
+            outputs = {'logits': RNG.normal(size=len(rows)) if task.kind == 'regression' else RNG.normal(size=(len(rows), len(task.labels)))}
+        found = kind.module.decode(task, rows, data, outputs)
+        assert len(found) == len(rows) and kind.module.files(task, split, rows, found)
+        if kind.module.labelled(rows):
+            assert task.best in kind.module.score(task, rows, outputs, found)
+        if split in task.submission:
+            file, content = glue.submission(task, split, found)
+            assert file.endswith('.tsv') and len(content.splitlines()) == len(rows) + 1
+
+
+def test_every_task_has_a_config_and_mnli_two_dev_sets(tmp_path, model):
+    for name in tasks.TASKS:
+        cli.load_config(f'configs/finetune.py:{name}', [])
+    task = tasks.TASKS['mnli'](**make('mnli', tmp_path))
+    assert set(task.splits) == {'train', 'dev', 'dev_mismatched', 'test', 'test_mismatched', 'test_diagnostic'}
+
+
+def test_glues_odd_files(tmp_path):
+    """Quotes that are not quotes, a byte-order mark, CoLA without a header, QQP's broken rows."""
+    make('mrpc', tmp_path)
+    (tmp_path / 'train.tsv').write_text('\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tHe said "a\tHe said\n0\t3\t4\tx\ty\n')
+    assert glue.read('mrpc', str(tmp_path)).splits['train'][0].text == 'He said "a'
+    (tmp_path / 'train.tsv').write_text('gj04\t1\t\tFine.\ngj04\t0\t*\tNot fine "this.\n')
+    (tmp_path / 'dev.tsv').write_text('gj04\t1\t\tFine.\n')
+    (tmp_path / 'test.tsv').write_text('index\tsentence\n0\tWho knows?\n')
+    cola = glue.read('cola', str(tmp_path))
+    assert [(r.text, r.label) for r in cola.splits['train']] == [('Fine.', '1'), ('Not fine "this.', '0')]
+    assert cola.splits['test'][0].text == 'Who knows?' and cola.splits['test'][0].label is None
+    header = 'id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n'
+    (tmp_path / 'train.tsv').write_text(header + '0\t1\t2\ta\tb\t1\n1\t1\t2\tbroken\n2\t1\t2\tc\td\t0\n')
+    (tmp_path / 'dev.tsv').write_text(header + '0\t1\t2\ta\tb\t1\n')
+    (tmp_path / 'test.tsv').unlink()
+    qqp = glue.read('qqp', str(tmp_path))
+    assert len(qqp.splits['train']) == 2 and '1 rows' in qqp.skipped
+
+
+@pytest.mark.parametrize('scheme, given_tags', [
+    ('iob1', 'O I-PER I-PER B-PER I-LOC O I-LOC'), ('iob2', 'O B-PER I-PER B-PER B-LOC O B-LOC'), ('iobes', 'O B-PER E-PER S-PER S-LOC O S-LOC')])
+def test_every_scheme_becomes_iob2(scheme, given_tags, tmp_path):
+    (tmp_path / 'a').write_text('\n'.join(f'w{i}\t{tag}' for i, tag in enumerate(given_tags.split())) + '\n\nx O\n')
+    sentences = tags.read(str(tmp_path / 'a'), 0, -1, scheme, labelled=True)
+    assert sentences[0].tags == tuple('O B-PER I-PER B-PER B-LOC O B-LOC'.split()) and len(sentences) == 2
+    entities = tags.entities(sentences[0].words, sentences[0].tags)
+    assert [(e['type'], e['begin'], e['end']) for e in entities] == [('PER', 1, 3), ('PER', 3, 4), ('LOC', 4, 5), ('LOC', 6, 7)]
+
+
+def test_no_word_is_ever_dropped_or_tagged_twice(model):
+    """Sentences longer than the window, words of many pieces, with and without the document around."""
+    tok = tokenizer.load(model)
+    rows = [tags.Sentence(tuple(f'{word(i % 4, j)}' if j % 5 else 'w1-w2-w3' for j in range(n)), tuple('O' if j % 3 else 'B-X' for j in range(n)), d, '')
+            for i, (n, d) in enumerate([(3, 0), (90, 0), (1, 1), (14, 1), (40, 1), (2, 2)])]
+    sizes = {}
+    for context in (False, True):
+        task = Task('tagging', {}, ('O', 'B-X', 'I-X'), settings={'document_context': context})
+        data = tags.encode(task, rows, tok, 20, (20,))
+        assert data.longest.max() <= 20
+        which = data.token_labels['words']
+        assert sorted(which[which >= 0]) == list(range(sum(len(r.words) for r in rows)))
+        assert ((data.token_labels['label_ids'] >= 0) == (which >= 0)).all()
+        truth = [np.eye(3)[np.maximum(data.token_labels['label_ids'][a:b], 0)] for a, b in zip(data.starts, data.starts[1:])]
+        found = tags.decode(task, rows, data, {'logits': truth})
+        assert [tuple(f['tags']) for f in found] == [r.tags for r in rows]
+        sizes[context] = np.diff(data.starts)[data.owners == 2]
+    assert sizes[False] == 7 < sizes[True] == 20  # a sentence of one word, filled up by its document
+
+
+@settings(max_examples=200, deadline=None)
+@given(length=st.integers(1, 80), size=st.integers(1, 30), stride=st.integers(1, 30))
+def test_windows_cover_and_each_token_is_best_once(length, size, stride):
+    made = list(spans.windows(length, size, stride))
+    assert made[-1][1] == length and all(e - b <= size for b, e in made)
+    best = np.zeros(length, int)
+    for begin, end in made:
+        best[begin:end] += spans.best_context(made, begin, end)
+    assert (best == 1).all()
+
+
+def question(passage, *answers, id='q'):
+    return spans.Question(id, 'w1 w2?', passage, answers, True, 'here')
+
+
+SETTINGS = {'null_answers': False, 'stride': 5, 'max_query_length': 8, 'max_answer_length': 6, 'n_best': 20, 'null_threshold': 0.0}
+
+
+@pytest.mark.parametrize('passage, answer', [
+    ('w1 w2 w3', 'w3'), ('a “w5”, w6', 'w5'), ('w1 w2  w3\nw4', 'w2  w3'), ('x y 5', '5'), ('é w1 한국 w2', '한국'), ('👩🏽‍🚀 w9.', 'w9'), ('cafe\u0301 w1', 'cafe\u0301')])
+def test_an_answer_is_cut_from_the_passage_as_it_stands(model, passage, answer):
+    tok = tokenizer.load(model)
+    _, offsets = tok.encode_with_offsets(passage)
+    row = question(passage, (answer, passage.index(answer)))
+    first, last = spans.token_span(row, offsets)
+    assert passage[offsets[first][0]:offsets[last][1]] == answer
+
+
+def test_an_answer_that_cuts_a_word_moves_to_the_nearest_whole_one(model):
+    tok = tokenizer.load(model)
+    passage = 'w11 w22 w1 w3 w1'
+    _, offsets = tok.encode_with_offsets(passage)
+    first, last = spans.token_span(question(passage, ('w1', 0)), offsets)
+    assert (first, last) == (2, 2)
+
+
+def test_the_best_span_over_windows_equals_brute_force(model):
+    tok = tokenizer.load(model)
+    task = Task('span', {}, settings=SETTINGS)
+    rows = [question(' '.join(word(int(k), j) for j, k in enumerate(RNG.integers(0, 6, n))), id=str(n)) for n in (3, 17, 40)]
+    data = spans.encode(task, rows, tok, 20, (20,))
+    outputs = {name: [RNG.normal(size=n).astype(np.float32) for n in data.longest] for name in ('start_logits', 'end_logits')}
+    found = spans.decode(task, rows, data, outputs)
+    for number, (row, answer) in enumerate(zip(rows, found)):
+        best = (-np.inf, 0, 0)
+        for w in np.flatnonzero(data.owners == number):
+            part = slice(data.starts[w], data.starts[w + 1])
+            begins, ends, widest = (data.token_labels[k][part] for k in ('offset_begins', 'offset_ends', 'best_context'))
+            for s in range(len(begins)):
+                for e in range(s, min(s + 6, len(begins))):
+                    if begins[s] >= 0 and begins[e] >= 0 and widest[s]:
+                        best = max(best, (float(outputs['start_logits'][w][s] + outputs['end_logits'][w][e]), int(begins[s]), int(ends[e])))
+        assert (answer['begin'], answer['end']) == best[1:] and answer['text'] == row.passage[best[1]:best[2]]
+        null = min(float(outputs['start_logits'][w][0] + outputs['end_logits'][w][0]) for w in np.flatnonzero(data.owners == number))
+        assert answer['null_odds'] == pytest.approx(null - best[0], abs=1e-5)
+        assert sum(one['probability'] for one in answer['nbest']) == pytest.approx(1, abs=1e-4)
+
+
+def test_no_answer_is_said_above_the_threshold_that_is_best_on_dev():
+    task = Task('span', {}, settings=SETTINGS | {'null_answers': True})
+    rows = [question('w1', ('w1', 0), id='a'), question('w2', ('w2', 0), id='b'), question('w3', id='c'), question('w4', id='d')]
+    found = [{'null_odds': odds, 'nbest': [{'text': row.passage}]} for row, odds in zip(rows, (-1.0, 0.5, 2.0, 3.0))]
+    result = spans.score(task, rows, {}, found)
+    assert result['null_threshold'] == 0.5 and result['f1'] == 100 == result['best_f1']
+    rows = [question('w3', id='c'), question('w4', id='d')]
+    result = spans.score(task, rows, {}, found[:2])
+    assert result['null_threshold'] < -1 and result['f1'] == 100
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=60), count=st.integers(1, 5))
+def test_static_lengths_are_the_best_ones(sizes, count):
+    chosen = encoded.choose_lengths(np.array(sizes), 128, count)
+    assert chosen[-1] == 128 and list(chosen) == sorted(set(chosen)) and len(chosen) <= count + 1
+    assert all(length % 8 == 0 for length in chosen)
+    one = encoded.choose_lengths(np.array(sizes), 128, 1)
+    cost = lambda lengths: sum(next(length for length in lengths if length >= min(size, 128)) for size in sizes)  # noqa: E731
+    assert cost(chosen) <= cost(one)
+
+
+def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
+    settings = make('classification', tmp_path)
+    overrides = ('sweep=paper', 'seeds=2', "grid.batch_size=(4, 8)", 'grid.peak=(1e-5, 2e-3)', 'grid.epochs=(2,)')
+    results = finetune.finetune(config('classification', model, settings, *overrides), str(tmp_path / 'work'))
+    summary = json.loads((tmp_path / 'work' / 'sweep.json').read_text())
+    runs = summary['runs']
+    assert len(runs) == 8 and set(runs) == {f'batch{b}-lr{lr}-epochs2-seed{s}' for b in (4, 8) for lr in ('1e-05', '0.002') for s in (0, 1)}
+    values = [run['dev/accuracy'] for run in runs.values()]
+    assert summary['mean'] == pytest.approx(np.mean(values)) and summary['standard_deviation'] == pytest.approx(np.std(values, ddof=1))
+    assert results['dev/accuracy'] == max(values) == runs[summary['chosen']]['dev/accuracy']
+    assert 'chosen by the dev split' in capfd.readouterr().out
+    assert (tmp_path / 'work' / 'sweep.png').stat().st_size > 5000
+    assert bert_jax.load(str(tmp_path / 'work'))(text(1))['label'] in 'abc'
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('results.json')}
+    (tmp_path / 'work' / 'runs' / summary['chosen'] / 'results.json').unlink()
+    finetune.finetune(config('classification', model, settings, *overrides), str(tmp_path / 'work'))
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('results.json')}
+    assert sum(before[p] != after[p] for p in before) == 1
+    assert json.loads((tmp_path / 'work' / 'sweep.json').read_text())['runs'] == runs
+
+
+def bad(name, folder, content, suffix):
+    (folder / f'bad{suffix}').write_text(content)
+    return {'train_file': str(folder / f'bad{suffix}'), 'dev_file': str(folder / f'bad{suffix}')}
+
+
+@pytest.mark.parametrize('name, suffix, content, words', [
+    ('regression', '.csv', 'text,label\na,1\nb,x\n', ('bad.csv:3', "'x' is not a number")),
+    ('multilabel', '.csv', 'text,kind\na,b\n', ("no column 'label'", 'text, kind')),
+    ('tagging', '.conll', 'a O\nb I-X\n', ('bad.conll:2', "'I-X' is not IOB2", 'iob1')),
+    ('tagging', '.conll', 'a O\nb Q-X\n', ('bad.conll:2', 'not a tag')),
+    ('tagging', '.conll', '\n\n', ('no sentences',)),
+    ('choice', '.jsonl', '{"context": "a", "choices": ["b"], "label": 0}\n', ('bad.jsonl:1', '1 choices')),
+    ('choice', '.jsonl', '{"context": "a", "choices": ["b", "c"], "label": 2}\n', ('bad.jsonl:1', 'label 2')),
+    ('choice', '.jsonl', '{"context": "a", "label": 2}\n', ('bad.jsonl:1', "no column 'choices'")),
+    ('choice', '.jsonl', '', ('no questions',)),
+    ('span', '.jsonl', '{"question": "a", "passage": "b c", "answer": "d"}\n', ('bad.jsonl:1', "'d' is not in the passage")),
+    ('span', '.jsonl', '{"question": "a", "passage": "b c", "answer": null}\n', ('bad.jsonl:1', 'null_answers=True')),
+    ('span', '.json', '{"data": [{"paragraphs": [{"context": "b c", "qas": [{"id": "7", "question": "a", "answers": '
+     '[{"text": "c", "answer_start": 0}]}]}]}]}', ('question 7', "'c' is not in the passage at 0")),
+    ('span', '.json', '{"data": 3}', ('not a SQuAD file',)),
+])
+def test_bad_files_name_file_and_line(name, suffix, content, words, model, tmp_path):
+    with pytest.raises(UserError) as error:
+        finetune.finetune(config(name, model, bad(name, tmp_path, content, suffix)), str(tmp_path / 'work'))
+    assert all(w in str(error.value) for w in words), error.value
+    assert not (tmp_path / 'work').exists()
+
+
+def test_swag_and_commonsenseqa_are_read(tmp_path):
+    table(tmp_path / 'swag.csv', ('', 'video-id', 'sent1', 'sent2', 'ending0', 'ending1', 'ending2', 'ending3', 'label'),
+          [('0', 'v', 'A man sits.', 'He', 'eats.', 'flies.', 'x.', 'y.', '1')])
+    (row,) = choices.read(str(tmp_path / 'swag.csv'), 'swag')
+    assert row.context == 'A man sits.' and row.choices[1] == 'He flies.' and row.label == 1
+    json_lines(tmp_path / 'c.jsonl', [{'answerKey': 'B', 'id': '1', 'question': {'stem': 'Why?', 'choices': [
+        {'label': 'A', 'text': 'so'}, {'label': 'B', 'text': 'because'}]}}])
+    (row,) = choices.read(str(tmp_path / 'c.jsonl'), 'commonsenseqa')
+    assert row.label == 1 and row.choices == ('so', 'because')
+
+
+def test_a_test_file_without_labels_is_predicted_and_not_scored(model, tmp_path):
+    settings = make('choice', tmp_path)
+    records = [json.loads(line) for line in (tmp_path / 'q.jsonl').read_text().splitlines()]
+    settings['test_file'] = str(json_lines(tmp_path / 'test.jsonl', [{k: r[k] for k in ('context', 'choices')} for r in records]))
+    results = finetune.finetune(config('choice', model, settings, 'epochs=1.0'), str(tmp_path / 'work'))
+    assert not any(name.startswith('test/') for name in results)
+    assert len((tmp_path / 'work' / 'predictions_test.tsv').read_text().splitlines()) == 17
+
+
+def test_predict_says_what_it_wants(model, tmp_path):
+    peer = peers.save(peers.model('BertForQuestionAnswering'), tmp_path / 'qa')
+    expect_error(run_module('predict', '--init_from', peer, 'w1 alone'), 'is not what a model for span takes')
+    done = run_module('predict', '--init_from', peer, 'w1?\tw2 w3 w4', '--json')
+    found = json.loads(done.stdout)
+    assert found['text'] == 'w2 w3 w4'[found['begin']:found['end']]
