@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCORES = ('dev/accuracy', 'dev/f1[1]', 'dev/f1_macro')
+SCORES = ('dev/accuracy', 'dev/f1', 'dev/f1_macro')
 
 
 def main():

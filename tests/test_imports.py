@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 PACKAGE = ROOT / 'bert_jax'
-SMALL_ROOMS = {'cli', 'paths', 'metrics', 'optimizer', 'partition', 'checkpoint', 'flops', 'memory', 'tf_bundle'}
+SMALL_ROOMS = {'cli', 'paths', 'metrics', 'optimizer', 'partition', 'checkpoint', 'flops', 'memory', 'tf_bundle', 'scores'}
 ENTRY_POINTS = {'vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export'}
 
 

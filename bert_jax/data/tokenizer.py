@@ -158,12 +158,14 @@ class Tokenizer:
 
 def _with_accents(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Spans that end before an accent that normalisation dropped, written as a character of its own, take it in."""
-    widened = []
-    for (begin, end), (limit, _) in zip(offsets, (*offsets[1:], (len(text), 0))):
+    widened, limit, after = [], len(text), len(text)
+    for begin, end in reversed(offsets):
+        limit = after if after >= end else limit  # pieces of one character share their span, and its limit
+        after = begin
         while begin < end < limit and unicodedata.combining(text[end]):
             end += 1
         widened.append((begin, end))
-    return widened
+    return widened[::-1]
 
 
 class _WordCache(dict):
