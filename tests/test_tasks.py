@@ -195,7 +195,7 @@ def test_glues_odd_files(tmp_path):
 def test_every_scheme_becomes_iob2(scheme, given_tags, tmp_path):
     (tmp_path / 'a').write_text('\n'.join(f'w{i}\t{tag}' for i, tag in enumerate(given_tags.split())) + '\n\nx O\n')
     sentences = tags.read(str(tmp_path / 'a'), 0, -1, scheme, labelled=True)
-    assert sentences[0].tags == tuple(['O', 'B-PER', 'I-PER', 'B-PER', 'B-LOC', 'O', 'B-LOC']) and len(sentences) == 2
+    assert sentences[0].tags == ('O', 'B-PER', 'I-PER', 'B-PER', 'B-LOC', 'O', 'B-LOC') and len(sentences) == 2
     entities = tags.entities(sentences[0].words, sentences[0].tags)
     assert [(e['type'], e['begin'], e['end']) for e in entities] == [('PER', 1, 3), ('PER', 3, 4), ('LOC', 4, 5), ('LOC', 6, 7)]
 
