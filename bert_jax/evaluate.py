@@ -12,7 +12,7 @@ from bert_jax.data.batches import Batch, place
 from bert_jax.data.encoded import Encoded
 from bert_jax.metrics import merge
 
-PER_TOKEN = ('tagging', 'span')  # targets whose outputs have an axis of tokens
+PER_TOKEN = ('tagging', 'bilstm_tagging', 'span')  # targets whose outputs have an axis of tokens
 
 
 def make_eval_step(model: nn.Module, mesh: jax.sharding.Mesh) -> Callable:

@@ -82,15 +82,18 @@ class Job:
         settings = {key: value for key, value in config.task.items() if key != 'name'}
         self.task: Task = choose('task', tasks.TASKS, config.task.name)(**settings)
         self.kind = tasks.KINDS[self.task.kind]
+        for part in set(config.frozen) - {'embeddings', 'encoder', 'pooler'}:
+            raise unknown('part for --config.frozen', part, ('embeddings', 'encoder', 'pooler'))
         self.model_config = describe_model(config, self.source.model, self.kind.target, self.kind.options(self.task))
         self.mesh = partition.make_mesh(config.mesh)
         self.data = self._encode(config)
         _print_task(config, self.task, self.data)
         self.model = models.build(self.model_config)
         self.tx = optimizer.make_optimizer(**config.optimizer)
-        self.init = train.make_init(self.model, self.tx, self.data['train'].make(np.arange(1), 1), self.mesh)
+        example, frozen = self.data['train'].make(np.arange(1), 1), tuple(config.frozen)
+        self.init = train.make_init(self.model, self.tx, example, self.mesh, frozen)
         state = jax.eval_shape(lambda: self.init(0))
-        self.step = train.make_train_step(self.model, self.tx, self.mesh, config.accumulation, state)
+        self.step = train.make_train_step(self.model, self.tx, self.mesh, config.accumulation, state, frozen)
         self.eval_step = evaluate.make_eval_step(self.model, self.mesh)
 
     def _encode(self, config: ConfigDict) -> dict[str, encoded.Encoded]:
@@ -109,11 +112,14 @@ def describe_model(config: ConfigDict, source: ConfigDict, target: str, options:
     if config.max_length > source.embeddings.max_length:
         raise UserError(f'max_length {config.max_length} is longer than the position table of {config.init_from} '
                         f'({source.embeddings.max_length}).')
-    dropout = {'dropout_rate': config.dropout_rate} if target != 'span' else {}
+    options = options | ({'dropout_rate': config.dropout_rate} if target != 'span' else {})
+    targets = {target: {'weight': 1.0, **options}}
     model = ConfigDict({'embeddings': source.embeddings, 'encoder': source.encoder, 'dtype': config.dtype,
-                        'targets': {target: {'weight': 1.0, **dropout, **options}}}).copy_and_resolve_references()
-    model.embeddings.dropout_rate = config.dropout_rate
-    model.encoder.dropout_rate = model.encoder.attention_dropout_rate = config.dropout_rate
+                        'targets': targets}).copy_and_resolve_references()
+    rate = config.dropout_rate if 'encoder' not in config.frozen else 0.0
+    model.embeddings.dropout_rate = model.encoder.dropout_rate = model.encoder.attention_dropout_rate = rate
+    if 'features' in options:
+        model.encoder.layer_outputs = ('hidden',)
     return model
 
 

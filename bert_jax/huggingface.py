@@ -274,14 +274,19 @@ def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> l
         array = weights.view(model.params, tensor, model.tokenizer.vocab_size)
         key = tensor.huggingface if heads else tensor.huggingface.removeprefix('bert.')
         arrays[key] = weights.matrix(tensor, array, tensor.huggingface_transposed)
-    try:
-        safetensors.numpy.save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
-    except safetensors.SafetensorError as error:
-        raise UserError(f'{folder.name}: could not be written ({error}).') from error
+    save_tensors(arrays, folder / 'model.safetensors')
     (folder / 'config.json').write_text(json.dumps(_their_config(model, heads), indent=2, ensure_ascii=False) + '\n')
     write_tokenizer(model.tokenizer, folder, model.model.embeddings.max_length)
     (folder / 'README.md').write_text(card(model, heads, name, licence))
     return notes
+
+
+def save_tensors(arrays: dict[str, np.ndarray], file: pathlib.Path) -> None:
+    """Writes a safetensors file."""
+    try:
+        safetensors.numpy.save_file(arrays, file, metadata={'format': 'pt'})
+    except safetensors.SafetensorError as error:
+        raise UserError(f'{file.name}: could not be written ({error}).') from error
 
 
 def _their_config(model: Pretrained, heads: tuple[str, ...]) -> dict[str, Any]:

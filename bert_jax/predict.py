@@ -86,7 +86,7 @@ class Predictor:
         if not inputs:
             return []
         module = texts if self.kind == 'fill_mask' else tasks.KINDS[self.kind].module
-        rows = [_parsed(module, self.kind, value) for value in inputs]
+        rows = [parsed(module, self.kind, value) for value in inputs]
         batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())
         if self.kind == 'fill_mask':
             return self._fill_masks(rows, top_k, batch_size)
@@ -148,7 +148,8 @@ class _WithMasks:
         return [i for part in parts for i in (*part, self._tokenizer.mask_id)][:-1]
 
 
-def _parsed(module: Any, kind: str, value: Input) -> Any:
+def parsed(module: Any, kind: str, value: Input) -> Any:
+    """A kind's example made of one input, or an error that names it."""
     try:
         return module.parse(value)
     except (KeyError, ValueError, TypeError) as error:
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument('--batch_size', type=int, default=32, metavar='B')
     parser.add_argument('--json', action='store_true', help='print JSON lines')
     args = parser.parse_args()
-    inputs = [_parts(text) for text in args.texts] + (list(_read(args.input)) if args.input else [])
+    inputs = [_parts(text) for text in args.texts] + (list(read_inputs(args.input)) if args.input else [])
     if not inputs:
         raise UserError('No text: give some as arguments, or --input FILE (- for standard input).')
     model = load(args.workdir or args.init_from)
@@ -187,7 +188,8 @@ def main() -> None:
             print(show(result), flush=True)
 
 
-def _read(name: str) -> Iterator[Input]:
+def read_inputs(name: str) -> Iterator[Input]:
+    """The inputs in a file: JSON lines, or lines with tabs between their parts; - is standard input."""
     if name.endswith('.jsonl'):
         yield from (record for _, record in tables.read_table(name))
         return

@@ -39,13 +39,16 @@ class TrainState:
     opt_state: Any
 
 
-def make_init(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, mesh: jax.sharding.Mesh
-              ) -> Callable[[int], TrainState]:
-    """seed -> a fresh state, every array made where it will live; compiled once for all seeds."""
+def make_init(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, mesh: jax.sharding.Mesh,
+              frozen: tuple[str, ...] = ()) -> Callable[[int], TrainState]:
+    """seed -> a fresh state, every array made where it will live; compiled once for all seeds.
+
+    `frozen` parts of the model ('embeddings', 'encoder', ...) have no optimizer state.
+    """
 
     def init(seed: jax.Array) -> TrainState:
         params = model.init(jax.random.key(seed), batch, train=False)['params']
-        return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+        return TrainState(jnp.zeros([], jnp.int32), params, tx.init(_split(params, frozen)[0]))
 
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     shardings = partition.state_shardings(jax.eval_shape(init, np.uint32(0)), mesh)
@@ -54,8 +57,8 @@ def make_init(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, 
 
 
 def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model: nn.Module,
-               tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, accumulation: int
-               ) -> tuple[TrainState, dict[str, Mean]]:
+               tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, accumulation: int,
+               frozen: tuple[str, ...] = ()) -> tuple[TrainState, dict[str, Mean]]:
     """One update.
 
     Each target's loss is its sum over the whole batch by its count over the whole batch, so the number
@@ -68,7 +71,9 @@ def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model:
       model, tx: what to train, and how.
       mesh: how the batch and the parameters lie.
       accumulation: micro-batches.
+      frozen: parts of the model that stay as they are: no gradient is computed for them.
     """
+    trained, held = _split(state.params, frozen)
     counts = model.apply({}, batch, method='counts')
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper['seed']), 1), state.step)
 
@@ -77,22 +82,28 @@ def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model:
                    for name, terms in losses.items())
 
     def objective(params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, dict[str, Mean]]]:
-        losses = model.apply({'params': params}, batch, train=True, rngs={'dropout': rng}, method='losses')
+        losses = model.apply({'params': held | params}, batch, train=True, rngs={'dropout': rng}, method='losses')
         return weighted(losses), losses
 
     gradient = jax.grad(objective, has_aux=True)
     if accumulation == 1:
         with partition.logical_axes(mesh):
-            grads, losses = gradient(state.params, batch, rng)
+            grads, losses = gradient(trained, batch, rng)
     else:
-        grads, losses = _accumulate(gradient, state.params, batch, rng, mesh, accumulation)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p - hyper['learning_rate'] * u, state.params, updates)
+        grads, losses = _accumulate(gradient, trained, batch, rng, mesh, accumulation)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    params = held | jax.tree.map(lambda p, u: p - hyper['learning_rate'] * u, trained, updates)
     metrics = {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
     one = jnp.ones(())
     metrics |= {'loss': Mean(weighted(losses), one), 'gradient_norm': Mean(optax.tree.norm(grads), one)}
     metrics |= _contents(batch)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _split(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is trained, what is not)."""
+    return ({name: part for name, part in params.items() if name not in frozen},
+            {name: part for name, part in params.items() if name in frozen})
 
 
 def _accumulate(gradient: Callable, params: Any, batch: Batch, rng: jax.Array, mesh: jax.sharding.Mesh,
@@ -135,9 +146,10 @@ def _contents(batch: Batch) -> dict[str, Mean]:
 
 
 def make_train_step(model: nn.Module, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, accumulation: int,
-                    state: TrainState) -> Callable:
+                    state: TrainState, frozen: tuple[str, ...] = ()) -> Callable:
     """train_step, jitted with explicit shardings; compiled once for each shape of batch."""
-    step = functools.partial(train_step, model=model, tx=tx, mesh=mesh, accumulation=accumulation)
+    step = functools.partial(train_step, model=model, tx=tx, mesh=mesh, accumulation=accumulation,
+                             frozen=frozen)
     shardings, everywhere = partition.state_shardings(state, mesh), partition.replicated(mesh)
     return jax.jit(step, donate_argnums=0, in_shardings=(shardings, partition.batch_sharding(mesh), everywhere),
                    out_shardings=(shardings, everywhere))

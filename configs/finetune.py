@@ -21,7 +21,7 @@ TASKS = {
     'span': SPANS, 'squad1': SPANS, 'squad2': {**SPANS, 'null_answers': True},
     'choice': {**FILES, 'format': 'plain'}, 'swag': {**FILES, 'format': 'swag'},
     'commonsenseqa': {**FILES, 'format': 'commonsenseqa'},
-    'conll2003': {'folder': '', 'document_context': True},
+    'conll2003': {'folder': '', 'document_context': True, 'features': '', 'lstm_size': 768},
     **{name: {'folder': ''} for name in GLUE}}
 READERS = {'squad1': 'span', 'squad2': 'span', 'swag': 'choice', 'commonsenseqa': 'choice'}
 CHOICE = {'batch_size': 16, 'peak': 2e-5}
@@ -50,6 +50,7 @@ def get_config(task='classification'):
     c.dropout_rate = 0.1
     c.dtype = 'float32'
     c.model = ConfigDict()          # filled in from init_from
+    c.frozen = ()                   # ('embeddings', 'encoder'): these stay as they are
     c.optimizer = ConfigDict({'name': 'adamw', 'b1': 0.9, 'b2': 0.999, 'eps': 1e-6, 'weight_decay': 0.01,
                               'clip_norm': 1.0, 'bias_correction': True})
     c.schedule = ConfigDict({'peak': paper['peak'], 'warmup_share': 0.1})

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / 'bert_jax'
 SMALL_ROOMS = {'cli', 'paths', 'metrics', 'optimizer', 'partition', 'checkpoint', 'flops', 'memory', 'tf_bundle', 'scores'}
-ENTRY_POINTS = {'vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export'}
+ENTRY_POINTS = {'vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features'}
 
 
 def imports(path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zipfile
 
 import numpy as np
 import peers
@@ -375,3 +376,18 @@ def test_predict_says_what_it_wants(model, tmp_path):
     done = run_module('predict', '--init_from', peer, 'w1?\tw2 w3 w4', '--json')
     found = json.loads(done.stdout)
     assert found['text'] == 'w2 w3 w4'[found['begin']:found['end']]
+
+
+def test_predictions_for_glues_server(model, tmp_path):
+    """From a test split to one zip; what is missing is said."""
+    for name in ('sst2', 'stsb'):
+        (tmp_path / name).mkdir()
+        c = config(name, model, make(name, tmp_path / name), 'epochs=1.0')
+        finetune.finetune(c, str(tmp_path / f'run_{name}'))
+    done = run_module('data.glue', '--runs', tmp_path / 'run_sst2', tmp_path / 'run_stsb', '--output', tmp_path / 'all.zip')
+    assert done.returncode == 0 and 'missing: AX.tsv, CoLA.tsv' in done.stdout, done.stderr
+    with zipfile.ZipFile(tmp_path / 'all.zip') as archive:
+        assert archive.namelist() == ['SST-2.tsv', 'STS-B.tsv']
+        lines = archive.read('STS-B.tsv').decode().splitlines()
+    assert lines[0] == 'index\tprediction' and len(lines) == 17 and all(0 <= float(line.split('\t')[1]) <= 5 for line in lines[1:])
+    expect_error(run_module('data.glue', '--runs', model, '--output', tmp_path / 'x.zip'), 'no submission')

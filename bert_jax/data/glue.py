@@ -1,9 +1,18 @@
-"""GLUE: each task's own TSV layout, or TFDS; and its file of predictions (Wang et al. 2019)."""
+"""GLUE: each task's own TSV layout, or TFDS; and its file of predictions (Wang et al. 2019).
 
+    python -m bert_jax.data.glue --runs runs/cola runs/sst2 runs/mnli --output submission.zip
+
+puts the predictions of fine-tuned workdirs into one file for GLUE's server.
+"""
+
+import json
 import os
+import pathlib
+import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from bert_jax import cli
 from bert_jax.cli import UserError
 from bert_jax.data import corpora, tables
 from bert_jax.data.task import Task
@@ -133,3 +142,30 @@ def submission(task: Task, split: str, predictions: list[dict[str, Any]]) -> tup
 
     lines = ['index\tprediction'] + [f'{number}\t{value(found)}' for number, found in enumerate(predictions)]
     return task.submission[split], '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+    """Writes the file that GLUE's server takes."""
+    parser = cli.parser(__doc__, prog='python -m bert_jax.data.glue')
+    parser.add_argument('--runs', nargs='+', required=True, metavar='W', help='fine-tuned workdirs, or sweeps')
+    parser.add_argument('--output', required=True, metavar='FILE.zip')
+    args = parser.parse_args()
+    found = {}
+    for run in map(pathlib.Path, args.runs):
+        if (run / 'sweep.json').exists():
+            run = run / 'runs' / json.loads((run / 'sweep.json').read_text())['chosen']
+        files = sorted(run.glob('submission/*.tsv'))
+        if not files:
+            raise UserError(f'{run}: no submission/*.tsv there; was it fine-tuned on a GLUE task with a test file?')
+        found |= {file.name: file for file in files}
+    with zipfile.ZipFile(args.output, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name, file in sorted(found.items()):
+            archive.write(file, name)
+    missing = {name for layout in LAYOUTS.values() for name in layout.submission.values()} - found.keys()
+    print(f'{args.output}: {", ".join(sorted(found))}.')
+    if missing:
+        print(f"note: the server wants all of GLUE's files; missing: {', '.join(sorted(missing))}.")
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -25,11 +25,17 @@ def _classes(task: Task) -> dict[str, Any]:
     return {'num_classes': len(task.labels)}
 
 
+def _bilstm(task: Task) -> dict[str, Any]:
+    return {'num_classes': len(task.labels), 'features': task.settings['features'],
+            'hidden_size': task.settings['lstm_size']}
+
+
 KINDS = {
     'classification': Kind('classification', _classes, texts),
     'multilabel': Kind('multilabel', _classes, texts),
     'regression': Kind('regression', lambda task: {}, texts),
     'tagging': Kind('tagging', _classes, tags),
+    'bilstm_tagging': Kind('bilstm_tagging', _bilstm, tags),
     'span': Kind('span', lambda task: {}, spans),
     'choice': Kind('multiple_choice', lambda task: {'num_choices': task.settings['num_choices']}, choices),
 }
@@ -69,13 +75,19 @@ def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: int,
     return tags.with_tags(Task('tagging', splits, tuple(labels), 'f1', {'document_context': document_context}))
 
 
-def conll2003(*, folder: str, document_context: bool) -> Task:
-    """eng.train, eng.testa (dev) and eng.testb (test, scored too), IOB1 tags in the last column."""
+def conll2003(*, folder: str, document_context: bool, features: str = '', lstm_size: int = 768) -> Task:
+    """eng.train, eng.testa (dev) and eng.testb (test, scored too), IOB1 tags in the last column.
+
+    With `features` a BiLSTM of `lstm_size` reads activations of the encoder (see heads.BiLstmTagging), which
+    `--config.frozen` keeps as they are.
+    """
     if not folder:
         raise UserError('--config.task.folder=FOLDER is missing: the folder with eng.train, eng.testa and eng.testb.')
     splits = {split: tags.read(f'{folder}/eng.{name}', 0, -1, 'iob1', labelled=True)
               for split, name in (('train', 'train'), ('dev', 'testa'), ('test', 'testb'))}
-    return tags.with_tags(Task('tagging', splits, (), 'f1', {'document_context': document_context}))
+    settings = {'document_context': document_context} | (
+        {'features': features, 'lstm_size': lstm_size} if features else {})
+    return tags.with_tags(Task('bilstm_tagging' if features else 'tagging', splits, (), 'f1', settings))
 
 
 def span(*, train_file: str, dev_file: str, test_file: str, null_answers: bool, stride: int, max_query_length: int,

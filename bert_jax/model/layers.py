@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bert_jax.metrics import Mean
+
 kernel_init = nn.initializers.truncated_normal(stddev=0.02, lower=-2.0, upper=2.0)
 
 
@@ -201,3 +203,11 @@ class Mlp(nn.Module):
 def gather(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rows of x [B, L, D] at positions [B, P] -> [B, P, D]."""
     return jnp.take_along_axis(x, positions[..., None], axis=1)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, Mean]:
+    """Cross-entropy in nats and accuracy; logits [..., C], labels and weights [...]."""
+    right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    best = jnp.max(logits, axis=-1)
+    nll = jax.nn.logsumexp(logits, axis=-1) - right
+    return {'loss': Mean.of(nll, weights), 'accuracy': Mean.of(right >= best, weights)}

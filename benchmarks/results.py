@@ -1,0 +1,104 @@
+"""Fine-tunes on every task with several seeds, with and without pre-training, and writes docs/results.md.
+
+    python benchmarks/results.py --data "$DATA" --mini runs/mini --cased runs/cased --output runs/results [--only cola,mrpc]
+
+$DATA holds glue/, squad/, ner/ and multichoice/. Runs that are finished are not repeated; the page is written from those
+that are there, so it can be made again at any time.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import statistics
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+FEATURES = ('embeddings', 'second_to_last', 'last', 'sum_last4', 'concat_last4', 'sum_all')
+CHOICE = 'multichoice/commonsenseqa_v1.0'
+FROZEN = ["--config.frozen=('embeddings','encoder')", '--config.schedule.peak=1e-3', '--config.epochs=5.0', '--config.task.lstm_size=768']
+
+
+def glue(name, folder, *more):
+    return (name, name, 'mini', [f'--config.task.folder=$DATA/glue/{folder}', *more])
+
+
+def files(train, dev, *more):
+    return [f'--config.task.train_file=$DATA/{train}', f'--config.task.dev_file=$DATA/{dev}', *more]
+
+
+ROWS = [  # name, config, model, settings; seeds by name
+    glue('cola', 'CoLA', '--config.schedule.peak=1e-4', '--config.max_length=64'),
+    glue('sst2', 'SST-2', '--config.schedule.peak=1e-4', '--config.epochs=1.0', '--config.max_length=64'),
+    glue('mrpc', 'MRPC', '--config.schedule.peak=1e-4', '--config.epochs=4.0'),
+    glue('stsb', 'STS-B', '--config.schedule.peak=1e-4', '--config.epochs=4.0'),
+    ('commonsenseqa', 'commonsenseqa', 'mini', files(f'{CHOICE}/train_rand_split.jsonl', f'{CHOICE}/dev_rand_split.jsonl',
+                                                     '--config.schedule.peak=1e-4', '--config.max_length=64')),
+    ('squad1', 'squad1', 'mini', files('squad/devsplit-v1.1.train.json', 'squad/devsplit-v1.1.heldout.json',
+                                       '--config.schedule.peak=2e-4', '--config.max_length=256')),
+    ('squad2', 'squad2', 'mini', files('squad/devsplit-v2.0.train.json', 'squad/devsplit-v2.0.heldout.json',
+                                       '--config.schedule.peak=2e-4', '--config.max_length=256')),
+    ('conll2003', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003', '--config.schedule.peak=2e-4']),
+    *((f'conll2003, {features}', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003',
+                                                       f'--config.task.features={features}', *FROZEN]) for features in FEATURES)]
+SEEDS = {'cola': 5, 'mrpc': 5, 'stsb': 5, 'commonsenseqa': 5}  # else 3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', required=True)
+    parser.add_argument('--mini', default='')
+    parser.add_argument('--cased', default='')
+    parser.add_argument('--output', required=True, type=pathlib.Path)
+    parser.add_argument('--only', default='', help='names with commas between them')
+    parser.add_argument('--page', type=pathlib.Path, default=ROOT / 'docs' / 'results.md')
+    args = parser.parse_args()
+    for name, task, model, settings in ROWS:
+        if getattr(args, model) and (not args.only or name in args.only.split(',')):
+            for scratch in (False, True):
+                run(args, name, task, getattr(args, model), settings, scratch)
+    args.page.write_text(page(args.output))
+
+
+def folder(output, name, scratch):
+    return output / name.replace(', ', '_') / ('scratch' if scratch else 'pretrained')
+
+
+def run(args, name, task, model, settings, scratch):
+    work = folder(args.output, name, scratch)
+    command = ['python', '-m', 'bert_jax.finetune', '--config', f'configs/finetune.py:{task}', f'--config.init_from={model}',
+               *settings, f'--config.seeds={SEEDS.get(name, 3)}', *(['--config.from_scratch=True'] if scratch else []),
+               '--workdir', str(work)]
+    if not (work / 'sweep.json').exists():
+        subprocess.run([sys.executable, *(part.replace('$DATA', args.data) for part in command[1:])], cwd=ROOT, check=True)
+        commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip()
+        (work / 'made.json').write_text(json.dumps({'command': shlex.join(command), 'commit': commit}))
+
+
+def page(output):
+    lines = ['# Results', '', 'Written by `python benchmarks/results.py`; mean, standard deviation and range over seeds, on dev.', '',
+             '| task | score | pre-trained | the same without pre-training | baselines | seeds | commit |', '|---|---|---|---|---|---|---|']
+    commands = []
+    for name, *_ in ROWS:
+        found = [folder(output, name, scratch) for scratch in (False, True)]
+        if not all((work / 'made.json').exists() for work in found):
+            continue
+        sweeps = [json.loads((work / 'sweep.json').read_text()) for work in found]
+        made = json.loads((found[0] / 'made.json').read_text())
+        score = sweeps[0]['score']
+        first = next(iter(sweeps[0]['runs'].values()))
+        baselines = ', '.join(f'{key.removeprefix("dev/")} {value:.3f}' for key, value in first.items()
+                              if key.startswith('dev/') and any(word in key for word in ('majority', 'baseline', 'longest', 'first_', 'no_answer_f1')))
+        cells = [spread([one[score] for one in sweep['runs'].values()]) for sweep in sweeps]
+        lines.append(f'| {name} | {score.removeprefix("dev/")} | {cells[0]} | {cells[1]} | {baselines} | {len(sweeps[0]["runs"])} | {made["commit"]} |')
+        commands.append(f'# {name}\n{made["command"]}')
+    return '\n'.join([*lines, '', 'The commands (without pre-training: `--config.from_scratch=True`):', '', '```bash', *commands, '```', ''])
+
+
+def spread(values):
+    return f'{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} ({min(values):.3f}-{max(values):.3f})'
+
+
+if __name__ == '__main__':
+    main()

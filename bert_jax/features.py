@@ -1,0 +1,183 @@
+"""Writes a model's vectors of texts: the feature-based approach (Devlin et al. 2019, 5.3).
+
+    python -m bert_jax.features --from W --input texts.txt --output vectors --layers -1
+    python -m bert_jax.features --from W --input texts.jsonl --output vectors --layers embeddings,-2,concat4 --pool mean
+
+Texts are one a line (a pair with a tab between), or JSON lines {"text", "text_pair"}. The output is a folder of parts
+of --part_size texts each; a part appears whole, and a run that was interrupted goes on after the last one.
+
+Layers: embeddings; 1 to N, or -1 (the last), -2, ...; sum4 and concat4 (of the last four). In each part, text number
+i has
+
+  safetensors   tensors i/LAYER [tokens, D] (or [D] when pooled) and i/ids
+  hdf5          a group i with datasets LAYER and ids
+  jsonl         a line {"index", "text", "tokens", LAYER: [[...]]}
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bert_jax import cli, huggingface, predict, pretrained
+from bert_jax.cli import UserError
+from bert_jax.data import texts
+from bert_jax.data.task import Task
+from bert_jax.data.tokenizer import Tokenizer
+from bert_jax.model import model as models
+
+ENDINGS = {'safetensors': 'safetensors', 'hdf5': 'h5', 'jsonl': 'jsonl'}
+POOLS = {'none': None, 'cls': 'the first token', 'mean': 'the mean over all tokens'}
+
+
+def main() -> None:
+    """Command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument('--from', required=True, dest='source', metavar='PATH',
+                        help='a workdir, a Hugging Face folder or name, or a TF1 folder')
+    parser.add_argument('--input', required=True, metavar='FILE', help='texts; - for standard input')
+    parser.add_argument('--output', required=True, metavar='DIR')
+    parser.add_argument('--layers', default='-1', metavar='L,L', help='(default: -1, the last)')
+    parser.add_argument('--pool', choices=POOLS, default='none', help='a vector a token, or one a text (default: none)')
+    parser.add_argument('--format', choices=ENDINGS, default='safetensors')
+    parser.add_argument('--max_length', type=int, default=0, metavar='N',
+                        help='tokens of a text (default: as many as the model has positions)')
+    parser.add_argument('--batch_size', type=int, default=32, metavar='B')
+    parser.add_argument('--part_size', type=int, default=1024, metavar='N', help='texts a file (default: 1024)')
+    write(parser.parse_args())
+
+
+def write(args: argparse.Namespace) -> None:
+    """Writes every part that is not there yet.
+
+    Raises:
+      UserError: no texts, an unknown layer, a length beyond the positions, a folder of another run.
+    """
+    extract = Extractor(args.source, args.layers.split(','), args.pool, args.max_length)
+    rows = [predict.parsed(texts, 'features', value) for value in predict.read_inputs(args.input)]
+    if not rows:
+        raise UserError(f'{args.input}: no texts in it.')
+    folder = pathlib.Path(args.output)
+    _check_run(folder, {key: value for key, value in vars(args).items() if key not in ('output', 'batch_size')} | {
+        'texts': len(rows)})
+    with cli.progress(total=len(rows), unit='text', desc='features') as bar:
+        for number, start in enumerate(range(0, len(rows), args.part_size)):
+            some = rows[start:start + args.part_size]
+            file = folder / f'part-{number:05d}.{ENDINGS[args.format]}'
+            if not file.exists():
+                partial = file.with_name(file.name + '.partial')
+                WRITERS[args.format](partial, start, some, extract(some, args.batch_size), extract.tokenizer)
+                partial.replace(file)
+            bar.update(len(some))
+    print(f'{args.output}: {", ".join(extract.layers)} of {len(rows):,} texts.')
+
+
+def _check_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    file = folder / 'features.json'
+    if file.exists():
+        found = json.loads(file.read_text())
+        different = [key for key in settings if found.get(key) != settings[key]]
+        if different:
+            raise UserError(f'{folder}: holds features of other settings ({", ".join(different)}); '
+                            'give another --output.')
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f'{folder}: not an empty folder; give another --output.')
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=1) + '\n')
+
+
+class Extractor:
+    """Texts -> vectors of the chosen layers.
+
+    Attributes:
+      layers: their names.
+      tokenizer: the model's.
+    """
+
+    def __init__(self, source: str, layers: list[str], pool: str, max_length: int) -> None:
+        model = pretrained.load(source)
+        positions, count = model.model.embeddings.max_length, model.model.encoder.num_layers
+        if max_length > positions:
+            raise UserError(f'--max_length {max_length} is beyond the {positions} positions of {source}.')
+        self.layers, self.tokenizer, self._max_length = layers, model.tokenizer, max_length or positions
+        combine = {name: _layer(name, count) for name in layers}
+        config = model.model.copy_and_resolve_references()
+        config.encoder.layer_outputs, config.targets = ('hidden',), {}
+        module, params = models.build(config), {part: model.params[part] for part in ('embeddings', 'encoder')}
+
+        def run(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            hidden = module.apply({'params': params}, batch, train=False, method='encode').layers['hidden']
+            made = {name: take(hidden).astype(jnp.float32) for name, take in combine.items()}       # [B, L, W]
+            mask = batch['input_mask'][..., None]
+            if pool == 'cls':
+                return {name: x[:, 0] for name, x in made.items()}
+            return {name: (x * mask).sum(1) / mask.sum(1) for name, x in made.items()} if pool == 'mean' else made
+
+        self._pooled, self._params, self._run = pool != 'none', params, jax.jit(run)
+
+    def __call__(self, rows: list[texts.Row], batch_size: int) -> list[dict[str, np.ndarray]]:
+        """{'ids': [tokens], layer: [tokens, W] or [W]} of each text."""
+        lengths = (*(length for length in predict.LENGTHS if length < self._max_length), self._max_length)
+        data = texts.encode(Task('classification', {}), rows, self.tokenizer, self._max_length, lengths)
+        found: list[Any] = [None] * len(rows)
+        for numbers, batch in data.evaluation_batches(min(batch_size, len(rows))):
+            made = jax.device_get(self._run(self._params, batch))
+            for row, number in enumerate(numbers):
+                size = data.longest[number]
+                found[number] = {'ids': batch['input_ids'][row, :size]} | {
+                    name: x[row] if self._pooled else x[row, :size] for name, x in made.items()}
+        return found
+
+
+def _layer(name: str, count: int) -> Callable[[jax.Array], jax.Array]:
+    """hidden [N + 1, B, L, D] -> [B, L, W]."""
+    if name == 'embeddings':
+        return lambda hidden: hidden[0]
+    if name == 'sum4':
+        return lambda hidden: hidden[-4:].sum(0)
+    if name == 'concat4':
+        return lambda hidden: jnp.concatenate(list(hidden[-4:]), -1)
+    if name.lstrip('-').isdigit() and 1 <= abs(int(name)) <= count:
+        return lambda hidden: hidden[int(name)]
+    raise UserError(f'--layers {name}: embeddings, 1 to {count}, -1 to -{count}, sum4 and concat4 are known.')
+
+
+def _write_safetensors(file: pathlib.Path, start: int, rows: list[texts.Row], found: list[dict[str, np.ndarray]],
+                       tokenizer: Tokenizer) -> None:
+    huggingface.save_tensors({f'{start + i}/{name}': np.ascontiguousarray(x) for i, one in enumerate(found)
+                              for name, x in one.items()}, file)
+
+
+def _write_hdf5(file: pathlib.Path, start: int, rows: list[texts.Row], found: list[dict[str, np.ndarray]],
+                tokenizer: Tokenizer) -> None:
+    import h5py
+
+    with h5py.File(file, 'w') as out:
+        for i, one in enumerate(found):
+            for name, x in one.items():
+                out[f'{start + i}/{name}'] = x
+
+
+def _write_jsonl(file: pathlib.Path, start: int, rows: list[texts.Row], found: list[dict[str, np.ndarray]],
+                 tokenizer: Tokenizer) -> None:
+    def lines() -> Iterator[str]:
+        for i, (row, one) in enumerate(zip(rows, found)):
+            vectors = {name: np.round(x.astype(float), 6).tolist() for name, x in one.items() if name != 'ids'}
+            tokens = [tokenizer.pieces[id_] for id_ in one['ids']]
+            record = {'index': start + i, **texts.describe(row), 'tokens': tokens, **vectors}
+            yield json.dumps(record, ensure_ascii=False)
+
+    file.write_text('\n'.join(lines()) + '\n')
+
+
+WRITERS = {'safetensors': _write_safetensors, 'hdf5': _write_hdf5, 'jsonl': _write_jsonl}
+
+
+if __name__ == '__main__':
+    cli.run(main)

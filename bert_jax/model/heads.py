@@ -1,0 +1,248 @@
+"""Targets of fine-tuning: one a kind of answer; the contract is in targets.py."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bert_jax.metrics import Mean
+from bert_jax.model.encoders import Encoded
+from bert_jax.model.layers import Dense, Dropout, cross_entropy
+
+Batch = dict[str, jax.Array]
+
+
+class Classification(nn.Module):
+    """One label an example, from the pooled [CLS] (Devlin et al. 2019, 4.1).
+
+    Attributes:
+      num_classes: C.
+      dropout_rate: on the pooled vector.
+      dtype: what is computed in.
+    """
+
+    num_classes: int
+    dropout_rate: float
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = True
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """pooled [B, 1, D] -> logits float32 [B, C]."""
+        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
+        logits = Dense((self.num_classes,), self.dtype, name='dense')(x)
+        return {'logits': logits.astype(jnp.float32)}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Cross-entropy in nats and accuracy over the real examples."""
+        return cross_entropy(outputs['logits'], batch['label_ids'], batch['is_real_example'])
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Real examples."""
+        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+
+
+class MultiLabel(nn.Module):
+    """Any number of labels an example, each a yes or no of its own, from the pooled [CLS].
+
+    Attributes:
+      num_classes: C.
+      dropout_rate: on the pooled vector.
+      dtype: what is computed in.
+    """
+
+    num_classes: int
+    dropout_rate: float
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = True
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """pooled [B, 1, D] -> logits float32 [B, C]."""
+        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
+        return {'logits': Dense((self.num_classes,), self.dtype, name='dense')(x).astype(jnp.float32)}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Binary cross-entropy in nats, the mean over the labels; label_ids [B, C], 0 or 1."""
+        logits, labels = outputs['logits'], batch['label_ids']
+        nll = jax.nn.softplus(logits) - labels * logits
+        return {'loss': Mean.of(nll.mean(-1), batch['is_real_example'])}
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Real examples."""
+        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+
+
+class Regression(nn.Module):
+    """A number an example, from the pooled [CLS] (STS-B in Devlin et al. 2019, appendix B.1).
+
+    Attributes:
+      dropout_rate: on the pooled vector.
+      dtype: what is computed in.
+    """
+
+    dropout_rate: float
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = True
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """pooled [B, 1, D] -> logits float32 [B], the number itself."""
+        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
+        return {'logits': Dense((1,), self.dtype, name='dense')(x)[:, 0].astype(jnp.float32)}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Squared error; label_ids [B]."""
+        return {'loss': Mean.of((outputs['logits'] - batch['label_ids']) ** 2, batch['is_real_example'])}
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Real examples."""
+        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+
+
+class Tagging(nn.Module):
+    """One label a token (Devlin et al. 2019, 5.3).
+
+    Attributes:
+      num_classes: C.
+      dropout_rate: on the hidden vectors.
+      dtype: what is computed in.
+    """
+
+    num_classes: int
+    dropout_rate: float
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = False
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """hidden [B, L, D] -> logits float32 [B, L, C]."""
+        x = Dropout(self.dropout_rate)(encoded.hidden, train=train)
+        return {'logits': Dense((self.num_classes,), self.dtype, name='dense')(x).astype(jnp.float32)}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Cross-entropy in nats and accuracy over the tokens with a label; label_ids [B, L], -1 for none."""
+        labels = batch['label_ids']
+        return cross_entropy(outputs['logits'], jnp.maximum(labels, 0), labels >= 0)
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Tokens with a label."""
+        return jnp.sum((batch['label_ids'] >= 0).astype(jnp.float32))
+
+
+class Span(nn.Module):
+    """Where an answer starts and ends (Devlin et al. 2019, 4.2)."""
+
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = False
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """hidden [B, L, D] -> start_logits, end_logits float32 [B, L], -1e9 at padding."""
+        logits = Dense((2,), self.dtype, name='dense')(encoded.hidden).astype(jnp.float32)
+        logits = jnp.where(batch['input_mask'][..., None] > 0, logits, -1e9)
+        return {'start_logits': logits[..., 0], 'end_logits': logits[..., 1]}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Mean cross-entropy of start and end in nats, and how often both are right."""
+        weights = batch['is_real_example']
+        start = cross_entropy(outputs['start_logits'], batch['start_positions'], weights)['loss']
+        end = cross_entropy(outputs['end_logits'], batch['end_positions'], weights)['loss']
+        right = [jnp.argmax(outputs[f'{side}_logits'], -1) == batch[f'{side}_positions'] for side in ('start', 'end')]
+        return {'loss': Mean((start.total + end.total) / 2, start.count),
+                'exact': Mean.of(right[0] & right[1], weights)}
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Real examples."""
+        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+
+
+class MultipleChoice(nn.Module):
+    """The best of several continuations (Devlin et al. 2019, 4.4): a score for each, softmax over the choices.
+
+    The rows of a batch are the choices, those of one question together. A question with fewer than
+    num_choices has rows of padding, where is_real_example is 0; label_ids [B] is 1 at the right choice.
+
+    Attributes:
+      num_choices: C, the most of any question.
+      dropout_rate: on the pooled vector.
+      dtype: what is computed in.
+    """
+
+    num_choices: int
+    dropout_rate: float
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = True
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """pooled [B, 1, D] -> logits float32 [B / C, C], -1e9 where there is no choice."""
+        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
+        scores = Dense((1,), self.dtype, name='dense')(x)[:, 0].astype(jnp.float32)
+        scores = jnp.where(batch['is_real_example'] > 0, scores, -1e9)
+        return {'logits': scores.reshape(-1, self.num_choices)}
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """Cross-entropy in nats and accuracy over the questions."""
+        right = (batch['label_ids'] * batch['is_real_example']).reshape(-1, self.num_choices)
+        return cross_entropy(outputs['logits'], jnp.argmax(right, -1), jnp.max(right, -1))
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Questions."""
+        return jnp.sum((batch['label_ids'] * batch['is_real_example']).astype(jnp.float32))
+
+
+class BiLstmTagging(nn.Module):
+    """One label a token from frozen activations, by a two-layer BiLSTM (Devlin et al. 2019, 5.3 and table 7).
+
+    Needs the encoder's layer_outputs to hold 'hidden'.
+
+    Attributes:
+      num_classes: C.
+      features: which activations: 'embeddings', 'second_to_last', 'last', 'sum_last4' and 'sum_all' (a learned
+        weighted sum, softmax weights times a scale, as in Peters et al. 2018), 'concat_last4'.
+      hidden_size: of each direction of the LSTM.
+      dropout_rate: on the activations and between the layers.
+      dtype: what is computed in.
+    """
+
+    num_classes: int
+    features: str
+    hidden_size: int
+    dropout_rate: float
+    dtype: jnp.dtype = jnp.float32
+    uses_pooled = False
+
+    @nn.compact
+    def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
+        """layers['hidden'] [N + 1, B, L, D] -> logits float32 [B, L, C]."""
+        x = self._features(encoded.layers['hidden'])
+        lengths = jnp.sum(batch['input_mask'] > 0, axis=1)
+        for layer in range(2):
+            x = Dropout(self.dropout_rate)(x, train=train)
+            cells = [nn.OptimizedLSTMCell(self.hidden_size, dtype=self.dtype, name=f'{side}_{layer}')
+                     for side in ('forward', 'backward')]
+            x = nn.Bidirectional(*map(nn.RNN, cells))(x, seq_lengths=lengths)
+        x = Dropout(self.dropout_rate)(x, train=train)
+        return {'logits': Dense((self.num_classes,), self.dtype, name='dense')(x).astype(jnp.float32)}
+
+    def _features(self, hidden: jax.Array) -> jax.Array:
+        if self.features in ('embeddings', 'second_to_last', 'last'):
+            return hidden[{'embeddings': 0, 'second_to_last': -2, 'last': -1}[self.features]]
+        if self.features == 'concat_last4':
+            return jnp.concatenate(list(hidden[-4:]), -1)
+        hidden = {'sum_last4': hidden[-4:], 'sum_all': hidden[1:]}[self.features]
+        weights = jax.nn.softmax(self.param('mix', nn.initializers.zeros, hidden.shape[:1]))
+        return jnp.einsum('n,nblw->blw', weights, hidden) * self.param('scale', nn.initializers.ones, ())
+
+    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
+        """As Tagging's."""
+        labels = batch['label_ids']
+        return cross_entropy(outputs['logits'], jnp.maximum(labels, 0), labels >= 0)
+
+    def count(self, batch: Batch) -> jax.Array:
+        """Tokens with a label."""
+        return jnp.sum((batch['label_ids'] >= 0).astype(jnp.float32))
+
+
+HEADS = {'classification': Classification, 'multilabel': MultiLabel, 'regression': Regression, 'tagging': Tagging,
+         'bilstm_tagging': BiLstmTagging, 'span': Span, 'multiple_choice': MultipleChoice}

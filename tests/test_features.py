@@ -1,0 +1,137 @@
+"""Vectors of texts against Hugging Face, and the frozen encoder under a BiLSTM."""
+
+import json
+
+import h5py
+import jax
+import numpy as np
+import peers
+import pytest
+import safetensors.numpy
+import torch
+from conftest import expect_error, run_module
+from test_tasks import config, make, model  # noqa: F401 - a fixture
+
+from bert_jax import finetune
+from bert_jax.data import tokenizer
+from bert_jax.model.heads import BiLstmTagging
+
+TEXTS = ['w1 w2 w3', 'w4', 'w5 ' * 60, 'w6 w7\tw8 w9', *(f'w{i} w{i + 1}' for i in range(10, 24))]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return peers.save(peers.model(num_hidden_layers=5), tmp_path_factory.mktemp('features') / 'hf')
+
+
+def hidden_states(folder, text):
+    """[N + 1, tokens, D] from transformers, and the ids."""
+    import transformers
+
+    tok = tokenizer.load(folder)
+    parts = [tok.encode(part) for part in text.split('\t')]
+    ids, segments = [tok.cls_id, *parts[0][:38], tok.sep_id], [0] * (min(len(parts[0]), 38) + 2)
+    for part in parts[1:]:
+        ids, segments = [*ids, *part, tok.sep_id], segments + [1] * (len(part) + 1)
+    peer = transformers.BertModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        states = peer(torch.tensor([ids]), token_type_ids=torch.tensor([segments]), output_hidden_states=True).hidden_states
+    return torch.stack(states)[:, 0].numpy(), ids
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'hdf5', 'jsonl'])
+def test_vectors_equal_hugging_face(folder, tmp_path, form):
+    (tmp_path / 'in.txt').write_text('\n'.join(TEXTS) + '\n')
+    done = run_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', '--format', form,
+                      '--layers', 'embeddings,2,-1,sum4,concat4', '--part_size', '7', '--batch_size', '4')
+    assert done.returncode == 0, done.stderr
+    parts = sorted(p for p in (tmp_path / 'out').iterdir() if p.name.startswith('part-'))
+    assert len(parts) == 3
+    for number in (0, 2, 3, 15):
+        states, ids = hidden_states(folder, TEXTS[number])
+        expected = {'embeddings': states[0], '2': states[2], '-1': states[-1], 'sum4': states[-4:].sum(0),
+                    'concat4': np.concatenate(list(states[-4:]), -1)}
+        part = parts[number // 7]
+        for layer, vectors in expected.items():
+            if form == 'safetensors':
+                found = safetensors.numpy.load_file(part)[f'{number}/{layer}']
+                assert safetensors.numpy.load_file(part)[f'{number}/ids'].tolist() == ids
+            elif form == 'hdf5':
+                with h5py.File(part) as file:
+                    found = file[f'{number}/{layer}'][:]
+            else:
+                found = np.array(json.loads(part.read_text().splitlines()[number % 7])[layer])
+            np.testing.assert_allclose(found, vectors, atol=5e-5)
+
+
+def test_pooled_and_resumed(folder, tmp_path):
+    (tmp_path / 'in.txt').write_text('\n'.join(TEXTS) + '\n')
+    for pool, of in (('cls', lambda x: x[0]), ('mean', lambda x: x.mean(0))):
+        args = ('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / pool, '--pool', pool, '--part_size', '5')
+        assert run_module(*args).returncode == 0
+        states, _ = hidden_states(folder, TEXTS[3])
+        found = safetensors.numpy.load_file(tmp_path / pool / 'part-00000.safetensors')['3/-1']
+        np.testing.assert_allclose(found, of(states[-1]), atol=5e-5)
+    second = tmp_path / 'mean' / 'part-00001.safetensors'
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / 'mean').iterdir()}
+    second.unlink()
+    assert run_module(*args).returncode == 0
+    after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / 'mean').iterdir()}
+    assert {p for p in before if before[p] != after[p]} == {second} and before[second][0] == after[second][0]
+    expect_error(run_module(*args, '--layers', '2'), 'other settings (layers)')
+
+
+@pytest.mark.parametrize('args, words', [
+    (('--layers', '6'), ('--layers 6', '1 to 5', 'concat4')), (('--max_length', '41'), ('40 positions',))])
+def test_bad_input(folder, tmp_path, args, words):
+    (tmp_path / 'in.txt').write_text('w1\n')
+    expect_error(run_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', *args), *words)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('features', ['embeddings', 'second_to_last', 'last', 'sum_last4', 'concat_last4', 'sum_all'])
+def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, model, tmp_path):  # noqa: F811
+    c = config('conll2003', model, make('conll2003', tmp_path), 'epochs=30.0', 'evals_per_epoch=1', f'task.features={features}',
+               'task.lstm_size=24', "frozen=('embeddings','encoder')", 'schedule.peak=1e-2')
+    job = finetune.Job(c)
+    state = job.init(0)
+    slots = {'/'.join(str(getattr(key, 'key', '')) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    assert not any('encoder' in name or 'embeddings' in name for name in slots) and any('targets_bilstm' in name for name in slots)
+    results = finetune.run(job, c, str(tmp_path / 'work'))
+    assert results['dev/f1'] == 1, results
+    from bert_jax import checkpoint
+
+    params, _, _ = checkpoint.load_params(tmp_path / 'work', best='dev/f1')
+    for part in ('embeddings', 'encoder'):
+        jax.tree.map(np.testing.assert_array_equal, params[part], job.source.params[part])
+
+
+def test_the_bilstm_equals_pytorch():
+    """Both layers, both directions, rows of different lengths."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(3, 4, 9, 6)).astype(np.float32)
+    lengths = np.array([9, 4, 7, 1])
+    example = {'input_mask': (np.arange(9) < lengths[:, None]).astype(np.int32)}
+    ours = BiLstmTagging(5, 'last', 7, 0.0)
+    from bert_jax.model.encoders import Encoded
+
+    encoded = Encoded(hidden[-1], {'hidden': hidden})
+    apply = lambda p: ours.apply({'params': p}, encoded, example, None, train=False, method='outputs')['logits']  # noqa: E731
+    params = ours.init(jax.random.key(0), encoded, example, None, train=False, method='outputs')['params']
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.4, params)
+    theirs = torch.nn.LSTM(6, 7, 2, batch_first=True, bidirectional=True)
+    with torch.no_grad():
+        for layer in range(2):
+            for side, ending in (('forward', ''), ('backward', '_reverse')):
+                cell = params[f'{side}_{layer}']
+                for name, array in (('weight_ih', np.concatenate([cell[f'i{g}']['kernel'].T for g in 'ifgo'])),
+                                    ('weight_hh', np.concatenate([cell[f'h{g}']['kernel'].T for g in 'ifgo'])),
+                                    ('bias_hh', np.concatenate([cell[f'h{g}']['bias'] for g in 'ifgo']))):
+                    getattr(theirs, f'{name}_l{layer}{ending}').copy_(torch.tensor(array))
+                getattr(theirs, f'bias_ih_l{layer}{ending}').zero_()
+        packed = torch.nn.utils.rnn.pack_padded_sequence(torch.tensor(hidden[-1]), torch.tensor(lengths), True, enforce_sorted=False)
+        out, _ = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], True)
+    expected = out.numpy() @ params['dense']['kernel'] + params['dense']['bias']
+    real = example['input_mask'] > 0
+    np.testing.assert_allclose(apply(params)[real], expected[real], atol=1e-5)
+
