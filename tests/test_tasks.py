@@ -138,6 +138,7 @@ def test_sixteen_examples_are_learned_by_heart_and_predicted_again(name, model, 
         assert list(json.loads((tmp_path / 'work' / 'predictions.json').read_text()).values()) == [f['text'] for f in found]
     if name == 'choice':
         assert [f['choice'] for f in found] == [r.label for r in rows] and {len(f['scores']) for f in found} == {3, 4}
+        assert all(sum(f['scores']) == pytest.approx(1, abs=1e-4) for f in found)  # rows that fill a question take nothing
 
 
 @pytest.mark.parametrize('name', [*glue.LAYOUTS, 'conll2003'])
