@@ -25,6 +25,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f'Unknown {kind} {name!r}; known: {", ".join(near + rest)}.')
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def choose(kind: str, registry: dict[str, Any], name: str) -> Any:
     """`registry[name]`, or an error that lists the choices."""
     if name not in registry:

@@ -58,6 +58,8 @@ def write(args: argparse.Namespace) -> None:
     Raises:
       UserError: no texts, an unknown layer, a length beyond the positions, a folder of another run.
     """
+    if args.batch_size < 1 or args.part_size < 1:
+        raise UserError('--batch_size and --part_size: one or more is expected.')
     extract = Extractor(args.source, args.layers.split(','), args.pool, args.max_length)
     rows = [predict.parsed(texts, 'features', value) for value in predict.read_inputs(args.input)]
     if not rows:

@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from bert_jax import weights
+from bert_jax import cli, weights
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.weights import Pretrained
@@ -64,7 +64,7 @@ def download(name: str) -> pathlib.Path:
     except Exception as error:  # the hub's own errors, those of its HTTP client, OSError
         raise UserError(
             f'{name}: no such folder here, and not to be had from the Hugging Face hub ({type(error).__name__}: '
-            f'{str(error).strip().splitlines()[0][:120]}). Without a network: run `hf download {name}` where there is '
+            f'{cli.first_line(error)[:120]}). Without a network: run `hf download {name}` where there is '
             'one, and copy its cache here (HF_HOME), or give the path of a folder.') from error
 
 
@@ -166,12 +166,17 @@ def _open_pickle(file: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
         raise UserError(f'{file}: reading it needs PyTorch (pip install torch --index-url '
                         'https://download.pytorch.org/whl/cpu); model.safetensors does not.') from error
     try:
-        state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        try:
+            state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if 'mmap' not in str(error):
+                raise
+            state = torch.load(file, map_location='cpu', weights_only=True)  # written by PyTorch before 1.6
     except pickle.UnpicklingError as error:
         raise UserError(f'{file}: refused, it holds more than tensors and would run code '
-                        f'({str(error).strip().splitlines()[0][:150]}).') from error
+                        f'({cli.first_line(error)[:150]}).') from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f'{file}: damaged or cut short ({str(error).strip().splitlines()[0][:150]}).') from error
+        raise UserError(f'{file}: damaged or cut short ({cli.first_line(error)[:150]}).') from error
 
     def get(name: str) -> np.ndarray:
         tensor = state[name]
@@ -348,7 +353,11 @@ def _usage(name: str, heads: tuple[str, ...], model: Pretrained) -> list[str]:
     if heads and heads[0] in ('mlm', 'tagging', *PROBLEMS):
         return ['from transformers import pipeline', '',
                 f'pipe = pipeline({PIPELINES[heads[0]]!r}, {name!r})', f'print(pipe({example!r}))']
+    inputs = f"tokenizer({example!r}, return_tensors='pt')"
+    if heads == ('multiple_choice',):
+        inputs = ("{k: x[None] for k, x in tokenizer(['A context.'] * 2, ['One choice.', 'Another.'], padding=True, "
+                  "return_tensors='pt').items()}")
     return ['from transformers import AutoTokenizer, ' + ARCHITECTURES[heads], '',
             f'tokenizer = AutoTokenizer.from_pretrained({name!r})',
             f'model = {ARCHITECTURES[heads]}.from_pretrained({name!r})',
-            f"print(model(**tokenizer({example!r}, return_tensors='pt')))"]
+            f'print(model(**{inputs}))']

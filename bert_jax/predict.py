@@ -43,7 +43,7 @@ from bert_jax.weights import Pretrained
 MASK = '[MASK]'
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # programs are compiled for these, as they are needed
 KINDS = {kind.target: name for name, kind in tasks.KINDS.items()}
-SPANS = {'stride': 128, 'max_query_length': 64, 'max_answer_length': 30, 'n_best': 5, 'null_answers': False}
+SPANS = {'stride': 128, 'max_query_length': 64, 'max_answer_length': 30, 'n_best': 20, 'null_answers': False}
 Input = str | tuple[str, ...] | dict[str, Any]
 
 
@@ -64,7 +64,7 @@ class Predictor:
         self._max_length = source.model.embeddings.max_length
         task = source.about.get('config', {}).get('task', {})
         threshold = source.about.get('scores', {}).get('dev/null_threshold', 0.0)
-        self._settings = SPANS | {key: value for key, value in task.items() if key in SPANS and key != 'n_best'}
+        self._settings = SPANS | {key: value for key, value in task.items() if key in SPANS}
         self._settings |= {'null_threshold': threshold, 'document_context': False}
         self._apply = self._jitted()
 
@@ -85,6 +85,8 @@ class Predictor:
             return self([inputs], top_k, batch_size)[0]
         if not inputs:
             return []
+        if batch_size < 1:
+            raise UserError(f'batch_size {batch_size}: one or more is expected.')
         module = texts if self.kind == 'fill_mask' else tasks.KINDS[self.kind].module
         rows = [parsed(module, self.kind, value) for value in inputs]
         batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())

@@ -6,6 +6,7 @@
 """
 
 import itertools
+import json
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     Raises:
       UserError: a sweep that is not known.
     """
+    if config.seeds < 1:
+        raise UserError(f'--config.seeds={config.seeds}: one or more is expected.')
     if config.sweep not in ('', 'paper'):
         raise UserError(f"--config.sweep={config.sweep}: '' (none) and 'paper' are known; config.grid has its values.")
     axes: dict[str, Any] = {'init_from': config.init_from.split(',')}
@@ -39,7 +42,9 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         one.schedule.peak = setting.get('peak', one.schedule.peak)
         for key in ('batch_size', 'epochs'):
             one[key] = type(one[key])(setting.get(key, one[key]))
-        parts = [epath.Path(setting['init_from']).name] if len(axes['init_from']) > 1 else []
+        sources = axes['init_from']
+        source = f'{sources.index(setting["init_from"]) + 1}-{epath.Path(setting["init_from"]).name}'
+        parts = [source] if len(sources) > 1 else []
         parts += [f'{short}{setting[key]:g}' for key, short in SHORT.items() if key in axes]
         runs.append(('-'.join(parts), one))
     return runs if len(runs) > 1 else [('', runs[0][1])]
@@ -58,15 +63,20 @@ def run_all(config: ConfigDict, path: str, runs: list[tuple[str, ConfigDict]], m
     folder, jobs, results = epath.Path(path), {}, {}
     for number, (name, one) in enumerate(runs, 1):
         work, source = folder / 'runs' / name, one.init_from
-        if (work / 'results.json').exists():
-            results[name] = workdir.read_json(work / 'results.json')
+        done = workdir.read_json(work / 'run.json') if (work / 'run.json').exists() else None
+        settings = json.loads(json.dumps(one.to_dict()))
+        if done:
+            if done['settings'] != settings:
+                raise UserError(f'{work} was made with other settings; give the same ones, or another --workdir.')
+            results[name] = done['results'] | {'chosen_by': done['score']}
             continue
         print(f'== run {number} of {len(runs)}: {name}')
         if source not in jobs:
             jobs = {source: make_job(one)}  # one checkpoint in memory at a time
         score = config.best or f'dev/{jobs[source].task.best}'
-        results[name] = run(jobs[source], one, str(work)) | {'chosen_by': score}
-        workdir.write_json(work / 'results.json', results[name])
+        found = run(jobs[source], one, str(work))
+        workdir.write_json(work / 'run.json', {'settings': settings, 'score': score, 'results': found})
+        results[name] = found | {'chosen_by': score}
     score = next(iter(results.values()))['chosen_by']
     chosen = max(results, key=lambda name: results[name][score])
     values = [found[score] for found in results.values()]
@@ -74,9 +84,9 @@ def run_all(config: ConfigDict, path: str, runs: list[tuple[str, ConfigDict]], m
                'standard_deviation': statistics.stdev(values), 'lowest': min(values), 'highest': max(values)}
     workdir.write_json(folder / 'sweep.json', summary | {'runs': results})
     columns = [name for name, value in results[chosen].items() if isinstance(value, float)]
-    rows = ['\t'.join(['run', *columns])] + ['\t'.join([name, *(f'{found[c]:.4f}' for c in columns)])
-                                             for name, found in results.items()]
-    paths.write_whole(folder / 'sweep.tsv', '\n'.join(rows) + '\n')
+    rows = [['run', *columns]] + [[name, *(f'{found[c]:.4f}' if c in found else '' for c in columns)]
+                                  for name, found in results.items()]
+    paths.write_whole(folder / 'sweep.tsv', '\n'.join(map('\t'.join, rows)) + '\n')
     plots.sweep(folder, [(name, folder / 'runs' / name) for name, _ in runs], score)
     _print_table(path, summary, results)
     return results[chosen]

@@ -315,12 +315,14 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
     assert 'chosen by the dev split' in capfd.readouterr().out
     assert (tmp_path / 'work' / 'sweep.png').stat().st_size > 5000
     assert bert_jax.load(str(tmp_path / 'work'))(text(1))['label'] in 'abc'
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('results.json')}
-    (tmp_path / 'work' / 'runs' / summary['chosen'] / 'results.json').unlink()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('run.json')}
+    (tmp_path / 'work' / 'runs' / summary['chosen'] / 'run.json').unlink()
     finetune.finetune(config('classification', model, settings, *overrides), str(tmp_path / 'work'))
-    after = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('results.json')}
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('run.json')}
     assert sum(before[p] != after[p] for p in before) == 1
     assert json.loads((tmp_path / 'work' / 'sweep.json').read_text())['runs'] == runs
+    with pytest.raises(UserError, match='other settings'):
+        finetune.finetune(config('classification', model, settings, *overrides, 'dropout_rate=0.2'), str(tmp_path / 'work'))
 
 
 def bad(name, folder, content, suffix):

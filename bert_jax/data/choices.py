@@ -166,8 +166,10 @@ def files(task: Task, split: str, rows: Sequence[Question], predictions: list[di
 def parse(value: Any) -> Question:
     """A question of what predict is given: (context, choice, choice, ...), or {'context', 'choices'}."""
     if isinstance(value, dict):
-        value = value['context'], *value['choices']
+        value = value['context'], *list(value['choices'])
     context, *options = value
+    if isinstance(value, str) or len(options) < 2 or not all(isinstance(part, str) for part in value):
+        raise ValueError('a context and two choices or more')
     return Question(context, tuple(options), None, '')
 
 

@@ -113,6 +113,9 @@ def _from_file(path: str, layout: Layout, split: str, skipped: list[int]) -> Ite
             raise UserError(f'{path}: no column {name!r}; there are: {", ".join(header)}.')
     for where, fields in rows:
         if len(fields) != len(header):
+            if test:
+                raise UserError(f'{where}: {len(fields)} columns where the header has {len(header)}; the predictions '
+                                'would lose their numbers.')
             skipped[0] += 1
             continue
         record = dict(zip(header, fields))

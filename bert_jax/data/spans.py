@@ -79,9 +79,11 @@ def _plain(file: str) -> Iterator[Question]:
     for where, record in tables.read_table(file):
         passage, answer = str(tables.column(where, record, 'passage')), record.get('answer')
         answers = ()
+        if answer is not None and not isinstance(answer, str):
+            raise UserError(f'{where}: the answer {answer!r} is not a text.')
         if answer:
             start = record.get('answer_start', passage.find(answer))
-            if start < 0:
+            if not isinstance(start, int) or start < 0:
                 raise UserError(f'{where}: the answer {answer!r} is not in the passage.')
             answers = ((answer, start),)
         yield Question(str(record.get('id', where)), str(tables.column(where, record, 'question')), passage, answers,
@@ -275,6 +277,8 @@ def parse(value: Any) -> Question:
     if isinstance(value, dict):
         value = value['question'], value['passage']
     text, passage = value
+    if isinstance(value, str) or not (isinstance(text, str) and isinstance(passage, str)):
+        raise ValueError('a question and a passage')
     return Question('', text, passage, (), False, '')
 
 

@@ -19,13 +19,13 @@ def read_table(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     reader = _json_rows if file.endswith(('.jsonl', '.json')) else _rows_under_a_header
     with open_text(file) as lines:
-        yield from _decoded(file, reader(file, lines))
+        yield from decoded(file, reader(file, lines))
 
 
 def read_rows(file: str) -> Iterator[tuple[str, list[str]]]:
     """(file:line, fields) of each line of a .tsv without a header."""
     with open_text(file) as lines:
-        yield from _decoded(file, ((f'{file}:{number}', line.rstrip('\r\n').split('\t'))
+        yield from decoded(file, ((f'{file}:{number}', line.rstrip('\r\n').split('\t'))
                                    for number, line in enumerate(lines, 1) if line.strip()))
 
 
@@ -37,13 +37,17 @@ def open_text(file: str) -> Any:
         raise UserError(f'{file}: {error.strerror}.') from error
 
 
-def _decoded(file: str, rows: Iterator[T]) -> Iterator[T]:
+def decoded(file: str, rows: Iterator[T]) -> Iterator[T]:
+    """The same rows; bytes that are not UTF-8 are an error with file and line."""
     try:
         yield from rows
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError:
         with open(file, 'rb') as content:
-            line = content.read().count(b'\n', 0, error.start) + 1
-        raise UserError(f'{file}:{line}: not valid UTF-8 ({error.reason}).') from error
+            for number, line in enumerate(content, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(f'{file}:{number}: not valid UTF-8 ({error.reason}).') from error
 
 
 def _json_rows(file: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -50,7 +50,7 @@ def read(file: str, word_column: int, tag_column: int, scheme: str, labelled: bo
     convert = choose('tag scheme', SCHEMES, scheme)
     sentences, words, tags, document, first = [], [], [], 0, 0
     with tables.open_text(file) as lines:
-        for number, line in enumerate((*lines, ''), 1):
+        for number, line in enumerate((*tables.decoded(file, lines), ''), 1):
             fields = line.split()
             if fields and fields[0] != DOCUMENT:
                 if not words:

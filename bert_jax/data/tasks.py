@@ -8,9 +8,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from bert_jax.cli import UserError
+from bert_jax.cli import UserError, unknown
 from bert_jax.data import choices, glue, spans, tables, tags, texts
 from bert_jax.data.task import Task
+
+FEATURES = ('embeddings', 'second_to_last', 'last', 'sum_last4', 'concat_last4', 'sum_all')  # of a BiLSTM
 
 
 class Kind(NamedTuple):
@@ -62,17 +64,18 @@ def own_texts(kind: str, *, train_file: str, dev_file: str, test_file: str, text
     if kind == 'regression':
         return texts.with_numbers(Task(kind, splits, best='spearman'))
     if kind == 'multilabel':
-        return texts.with_label_sets(Task(kind, splits, tuple(labels), best='f1_micro'))
-    return texts.with_classes(Task(kind, splits, tuple(labels)))
+        return texts.with_label_sets(Task(kind, splits, tuple(map(str, labels)), best='f1_micro'))
+    return texts.with_classes(Task(kind, splits, tuple(map(str, labels))))
 
 
 def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: int, tag_column: int, scheme: str,
             document_context: bool, labels: Sequence[str], dev_share: float) -> Task:
-    """CoNLL column files; see `tags.read`. Test files need tags for scores, not for predictions."""
+    """CoNLL column files; see `tags.read`. A test file is predicted, with or without tags; it is not scored."""
     read = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme)
     splits = _splits(train_file, dev_file, test_file, functools.partial(read, labelled=True),
                      functools.partial(read, labelled=False), dev_share, lambda row: ' '.join(row.words))
-    return tags.with_tags(Task('tagging', splits, tuple(labels), 'f1', {'document_context': document_context}))
+    settings = {'document_context': document_context}
+    return tags.with_tags(Task('tagging', splits, tuple(map(str, labels)), 'f1', settings))
 
 
 def conll2003(*, folder: str, document_context: bool, features: str = '', lstm_size: int = 768) -> Task:
@@ -85,6 +88,8 @@ def conll2003(*, folder: str, document_context: bool, features: str = '', lstm_s
         raise UserError('--config.task.folder=FOLDER is missing: the folder with eng.train, eng.testa and eng.testb.')
     splits = {split: tags.read(f'{folder}/eng.{name}', 0, -1, 'iob1', labelled=True)
               for split, name in (('train', 'train'), ('dev', 'testa'), ('test', 'testb'))}
+    if features and features not in FEATURES:
+        raise unknown('features', features, FEATURES)
     settings = {'document_context': document_context} | (
         {'features': features, 'lstm_size': lstm_size} if features else {})
     return tags.with_tags(Task('bilstm_tagging' if features else 'tagging', splits, (), 'f1', settings))
@@ -94,6 +99,12 @@ def span(*, train_file: str, dev_file: str, test_file: str, null_answers: bool, 
          max_answer_length: int, n_best: int, dev_share: float) -> Task:
     """SQuAD 1.1 and 2.0 (.json), or JSON lines; see `spans.read`."""
     splits = _splits(train_file, dev_file, test_file, spans.read, spans.read, dev_share, lambda row: row.passage)
+    if stride < 1:
+        raise UserError(f'--config.task.stride={stride}: one or more is expected.')
+    for split in ('train', 'dev'):
+        for row in splits[split]:
+            if not row.labelled:
+                raise UserError(f'{row.where}: no answer in the {split} split; null says that there is none.')
     if not null_answers:
         for rows in splits.values():
             for row in rows:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,8 @@ def read(file: str, text: str, pair: str, label: str) -> list[Row]:
     rows = []
     for where, record in tables.read_table(file):
         value = tables.column(where, record, label) if label else None
+        if label and value is None:
+            raise UserError(f'{where}: no label.')
         other = str(tables.column(where, record, pair)) if pair else None
         rows.append(Row(str(tables.column(where, record, text)), other,
                         value if value is None or isinstance(value, list) else str(value), where))
@@ -51,12 +54,12 @@ def with_classes(task: Task) -> Task:
     Raises:
       UserError: one label only, or a label that is not in the set (file and line).
     """
-    labels = task.labels or tuple(sorted({row.label for row in task.splits['train']}))
+    labels = task.labels or tuple(sorted({str(row.label) for row in task.splits['train']}))
     if len(labels) < 2:
         raise UserError(f'{task.splits["train"][0].where.rpartition(":")[0]}: only one label, {labels[0]!r}.')
     for rows in task.splits.values():
         for row in rows:
-            if row.label is not None and row.label not in labels:
+            if row.label is not None and (isinstance(row.label, list) or row.label not in labels):
                 raise UserError(f'{row.where}: label {row.label!r} is not in the label set: {", ".join(labels)}.')
     return dataclasses.replace(task, labels=labels)
 
@@ -81,8 +84,11 @@ def with_numbers(task: Task) -> Task:
     """A regression task: every label is a number."""
     def number(row: Row) -> Row:
         try:
-            return dataclasses.replace(row, label=None if row.label is None else float(row.label))
-        except ValueError as error:
+            value = None if row.label is None else float(row.label)
+            if value is not None and not math.isfinite(value):
+                raise ValueError('not finite')
+            return dataclasses.replace(row, label=value)
+        except (ValueError, TypeError) as error:
             raise UserError(f'{row.where}: label {row.label!r} is not a number.') from error
 
     splits = {split: [number(row) for row in rows] for split, rows in task.splits.items()}
@@ -169,6 +175,8 @@ def parse(value: Any) -> Row:
     if isinstance(value, dict):
         value = (value['text'], *filter(None, [value.get('text_pair')]))
     text, *pair = (value,) if isinstance(value, str) else value
+    if len(pair) > 1 or not all(isinstance(part, str) for part in (text, *pair)):
+        raise ValueError('a text or two')
     return Row(text, pair[0] if pair else None, None, '')
 
 
