@@ -15,11 +15,9 @@ and what has no counterpart is named. Written are
 """
 
 import pathlib
-import shutil
-import tempfile
 import time
 
-from bert_jax import cli, huggingface, pretrained, tf1
+from bert_jax import cli, huggingface, paths, pretrained, tf1
 from bert_jax.cli import UserError
 from bert_jax.weights import Pretrained
 
@@ -49,8 +47,7 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
     folder = pathlib.Path(target)
     if '://' in target:
         raise UserError(f'{target}: converting writes to local folders only; copy the folder when it is there.')
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f'{target}: not an empty folder; give another --to.')
+    paths.check_new(folder, '--to')
     start = time.perf_counter()
     model = pretrained.load(source)
     size = pretrained.size_in_bytes(model)
@@ -66,21 +63,10 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
 
 def write_whole(model: Pretrained, folder: pathlib.Path, form: str, name: str, licence: str) -> list[str]:
     """Writes beside `folder` and renames at the end; gives the notes of the format."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as beside:
-            partial = pathlib.Path(beside) / folder.name
-            partial.mkdir()
-            if form == 'hf':
-                notes = huggingface.write(model, partial, name, licence)
-            else:
-                notes = {'tf1': tf1.write, 'workdir': pretrained.write_workdir}[form](model, partial)
-            if folder.exists():
-                folder.rmdir()
-            shutil.move(partial, folder)
-    except OSError as error:
-        raise UserError(f'{folder}: could not be written ({error.strerror or error}).') from error
-    return notes
+    with paths.whole_folder(folder) as partial:
+        if form == 'hf':
+            return huggingface.write(model, partial, name, licence)
+        return {'tf1': tf1.write, 'workdir': pretrained.write_workdir}[form](model, partial)
 
 
 if __name__ == '__main__':

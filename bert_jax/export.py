@@ -12,7 +12,6 @@ length is cut to it.
 import json
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from bert_jax import cli, export_example, huggingface, pretrained
+from bert_jax import cli, export_example, huggingface, paths, pretrained
 from bert_jax.cli import UserError
 from bert_jax.model import model as models
 from bert_jax.model.embeddings import padded_vocab_size
@@ -55,8 +54,7 @@ def export(source: str, lengths: list[int], output: str) -> None:
       UserError: a model without a head to run, a length beyond its positions, a folder that is not empty.
     """
     folder = pathlib.Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f'{output}: not an empty folder; give another --output.')
+    paths.check_new(folder, '--output')
     model = pretrained.load(source)
     target = next((target for target in KINDS if target in model.model.targets), None)
     if target is None:
@@ -65,17 +63,8 @@ def export(source: str, lengths: list[int], output: str) -> None:
     positions = model.model.embeddings.max_length
     if lengths[0] < 3 or lengths[-1] > positions:
         raise UserError(f'--lengths {lengths}: from 3 to {positions}, the positions of {source}.')
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as beside:
-            partial = pathlib.Path(beside) / folder.name
-            partial.mkdir()
-            _write(model, target, lengths, partial)
-            if folder.exists():
-                folder.rmdir()
-            shutil.move(partial, folder)
-    except OSError as error:
-        raise UserError(f'{folder}: could not be written ({error.strerror or error}).') from error
+    with paths.whole_folder(folder) as partial:
+        _write(model, target, lengths, partial)
     print(f'{output}: {len(lengths)} programs ({", ".join(map(str, lengths))}) for {", ".join(PLATFORMS)}.')
     print(f"Try it:  python {folder / 'example.py'} 'A text.'")
 

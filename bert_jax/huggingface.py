@@ -88,7 +88,9 @@ def read(folder: pathlib.Path) -> Pretrained:
 
     theirs = {_canonical(name): name for name in readers if not BUFFERS.match(name)}
     heads = _heads(folder, config, theirs)
-    model = _model_config(config, heads, num_labels=_num_labels(theirs, get))
+    dropout = config.get('classifier_dropout')
+    model = weights.model_config(config, SIZES, config['hidden_act'], heads, _num_labels(theirs, get),
+                                 config['hidden_dropout_prob'] if dropout is None else dropout)
     pooler = 'bert.pooler.dense.weight' in theirs
     params, notes = weights.empty_params(model, pooler), []
     _check_tied(folder, theirs, get)
@@ -219,27 +221,6 @@ def _check_tied(folder: pathlib.Path, names: dict[str, str], get: Callable[[str]
     for copy, original in TIED.items():
         if copy in names and original in names and not np.array_equal(get(names[copy]), get(names[original])):
             raise UserError(f'{folder}: {copy} is not equal to {original}; only tied output embeddings are supported.')
-
-
-def _model_config(config: dict[str, Any], heads: tuple[str, ...], num_labels: int) -> ConfigDict:
-    model = ConfigDict({'embeddings': {'name': 'bert'}, 'encoder': {'name': 'transformer'}, 'targets': {},
-                        'dtype': 'float32'})
-    for theirs, (part, name) in SIZES.items():
-        model[part][name] = config[theirs]
-    model.embeddings.dropout_rate = model.encoder.dropout_rate
-    model.encoder.layer_outputs = ()
-    model.encoder.unroll = model.encoder.num_layers
-    dropout = config.get('classifier_dropout')
-    dropout = model.encoder.dropout_rate if dropout is None else dropout
-    options = {'mlm': {'vocab_size': model.embeddings.vocab_size, 'activation': model.encoder.activation},
-               'classification': {'num_classes': num_labels, 'dropout_rate': dropout},
-               'tagging': {'num_classes': num_labels, 'dropout_rate': dropout},
-               'multilabel': {'num_classes': num_labels, 'dropout_rate': dropout},
-               'regression': {'dropout_rate': dropout},
-               'multiple_choice': {'num_choices': 2, 'dropout_rate': dropout}}  # as many as a question has
-    for head in heads:
-        model.targets[head] = ConfigDict(options.get(head, {}) | {'weight': 1.0})
-    return model
 
 
 def _labels(config: dict[str, Any], heads: tuple[str, ...], model: ConfigDict) -> tuple[str, ...]:

@@ -1,6 +1,14 @@
 """Files on a local disk or on gs://, written so that a reader never sees half of one."""
 
+import contextlib
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
 from etils import epath
+
+from bert_jax.cli import UserError
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -31,3 +39,25 @@ def append(path: epath.Path, text: str) -> None:
     else:
         with path.open('a') as out:
             out.write(text)
+
+
+def check_new(folder: pathlib.Path, option: str) -> None:
+    """Refuses a folder to write that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f'{folder}: not an empty folder; give another {option}.')
+
+
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new local folder to fill, which takes the name `folder` when all went well, and is gone when not."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as beside:
+            partial = pathlib.Path(beside) / folder.name
+            partial.mkdir()
+            yield partial
+            if folder.exists():
+                folder.rmdir()
+            shutil.move(partial, folder)
+    except OSError as error:
+        raise UserError(f'{folder}: could not be written ({error.strerror or error}).') from error

@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from bert_jax import tf_bundle, weights
 from bert_jax.cli import UserError, unknown
@@ -48,7 +47,8 @@ def read(folder: pathlib.Path) -> Pretrained:
                'classification': 'output_weights', 'span': 'cls/squad/output_weights'}
     heads = tuple(head for head, name in present.items() if name in names)
     classes = reader.entries['output_weights'].shape[0] if 'classification' in heads else 0
-    model = _model_config(config, heads, classes)
+    model = weights.model_config(config, SIZES, ACTIVATIONS[config['hidden_act']], heads, classes,
+                                 dropout_rate=0.1)  # run_classifier.py's constant
     pooler = 'bert/pooler/dense/kernel' in names
     params = weights.empty_params(model, pooler)
     wanted = {tensor.tf1: tensor for tensor in weights.tensors(model.encoder.num_layers, heads, pooler)}
@@ -79,22 +79,6 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     if config['hidden_act'] not in ACTIVATIONS:
         raise unknown('hidden_act in bert_config.json', config['hidden_act'], ACTIVATIONS)
     return config
-
-
-def _model_config(config: dict[str, Any], heads: tuple[str, ...], classes: int) -> ConfigDict:
-    model = ConfigDict({'embeddings': {'name': 'bert'}, 'encoder': {'name': 'transformer'}, 'targets': {},
-                        'dtype': 'float32'})
-    for theirs, (part, name) in SIZES.items():
-        model[part][name] = config[theirs]
-    model.embeddings.dropout_rate = model.encoder.dropout_rate
-    model.encoder.activation = ACTIVATIONS[config['hidden_act']]
-    model.encoder.layer_outputs = ()
-    model.encoder.unroll = model.encoder.num_layers
-    options = {'mlm': {'vocab_size': model.embeddings.vocab_size, 'activation': model.encoder.activation},
-               'classification': {'num_classes': classes, 'dropout_rate': 0.1}}  # run_classifier.py's constant
-    for head in heads:
-        model.targets[head] = ConfigDict(options.get(head, {}) | {'weight': 1.0})
-    return model
 
 
 def _open(folder: pathlib.Path) -> tuple[str, tf_bundle.Reader]:

@@ -115,6 +115,34 @@ def _expand(rows: tuple, layer: int | None = None) -> Iterator[Tensor]:
                          None if tf1 is None else (tf1 + tf1_end).lstrip('/'), huggingface_transposed, tf1_transposed)
 
 
+def model_config(found: dict[str, Any], sizes: dict[str, tuple[str, str]], activation: str, heads: tuple[str, ...],
+                 num_classes: int, dropout_rate: float) -> ConfigDict:
+    """What `models.build` takes, of a config of another format.
+
+    Args:
+      found: that config.
+      sizes: its keys -> part and name of ours.
+      activation: our name for it.
+      heads, num_classes, dropout_rate: which heads there are, and what those of fine-tuning have.
+    """
+    model = ConfigDict({'embeddings': {'name': 'bert'}, 'encoder': {'name': 'transformer'}, 'targets': {},
+                        'dtype': 'float32'})
+    for theirs, (part, name) in sizes.items():
+        model[part][name] = found[theirs]
+    model.embeddings.dropout_rate = model.encoder.dropout_rate
+    model.encoder.activation = activation
+    model.encoder.layer_outputs = ()
+    model.encoder.unroll = model.encoder.num_layers
+    classes = {'num_classes': num_classes, 'dropout_rate': dropout_rate}
+    options = {'mlm': {'vocab_size': model.embeddings.vocab_size, 'activation': activation},
+               **dict.fromkeys(('classification', 'multilabel', 'tagging'), classes),
+               'regression': {'dropout_rate': dropout_rate},
+               'multiple_choice': {'num_choices': 2, 'dropout_rate': dropout_rate}}  # as many as a question has
+    for head in heads:
+        model.targets[head] = ConfigDict(options.get(head, {}) | {'weight': 1.0})
+    return model
+
+
 def of(model: Pretrained) -> list[Tensor]:
     """The arrays of a model that have names elsewhere."""
     heads = tuple(head for head in HEADS if head in model.model.targets)

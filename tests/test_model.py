@@ -164,7 +164,7 @@ def fine_tuning_labels(name):
         return {'label_ids': rng.integers(0, 2, (8, 3)).astype(np.float32)}
     if name == 'regression':
         return {'label_ids': rng.normal(size=8).astype(np.float32)}
-    if name == 'tagging':
+    if name.endswith('tagging'):
         return {'label_ids': rng.integers(-1, 3, (8, L)).astype(np.int32)}
     if name == 'span':
         return {f'{side}_positions': rng.integers(0, 5, 8).astype(np.int32) for side in ('start', 'end')} | {
@@ -181,8 +181,10 @@ def test_the_contract_of_targets(name):
     kwargs = {'mlm': {'vocab_size': V, 'activation': 'gelu'}, 'nsp': {},
               'classification': {'num_classes': 3, 'dropout_rate': 0.1}, 'tagging': {'num_classes': 3, 'dropout_rate': 0.1},
               'multilabel': {'num_classes': 3, 'dropout_rate': 0.1}, 'regression': {'dropout_rate': 0.1},
+              'bilstm_tagging': {'num_classes': 3, 'features': 'sum_all', 'hidden_size': 5, 'dropout_rate': 0.1},
               'span': {}, 'multiple_choice': {'num_choices': 2, 'dropout_rate': 0.1}}
     c.targets = {name: {'weight': 1.0, **kwargs[name]}}
+    c.encoder.layer_outputs = ('hidden',)
     model, example = models.build(c), batch() | fine_tuning_labels(name)
     params = random_params(model, example)
     losses = model.apply({'params': params}, example, train=False, method='losses')[name]

@@ -11,6 +11,12 @@ from bert_jax.model.layers import Dense, Dropout, cross_entropy
 Batch = dict[str, jax.Array]
 
 
+def _logits(head: nn.Module, x: jax.Array, width: int, train: bool) -> jax.Array:
+    """Dropout and a dense layer, within a head's compact method: x [..., D] -> float32 [..., width]."""
+    x = Dropout(head.dropout_rate)(x, train=train)
+    return Dense((width,), head.dtype, name='dense')(x).astype(jnp.float32)
+
+
 class Classification(nn.Module):
     """One label an example, from the pooled [CLS] (Devlin et al. 2019, 4.1).
 
@@ -28,9 +34,7 @@ class Classification(nn.Module):
     @nn.compact
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """pooled [B, 1, D] -> logits float32 [B, C]."""
-        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
-        logits = Dense((self.num_classes,), self.dtype, name='dense')(x)
-        return {'logits': logits.astype(jnp.float32)}
+        return {'logits': _logits(self, encoded.pooled[:, 0], self.num_classes, train)}
 
     def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
         """Cross-entropy in nats and accuracy over the real examples."""
@@ -58,8 +62,7 @@ class MultiLabel(nn.Module):
     @nn.compact
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """pooled [B, 1, D] -> logits float32 [B, C]."""
-        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
-        return {'logits': Dense((self.num_classes,), self.dtype, name='dense')(x).astype(jnp.float32)}
+        return {'logits': _logits(self, encoded.pooled[:, 0], self.num_classes, train)}
 
     def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
         """Binary cross-entropy in nats, the mean over the labels; label_ids [B, C], 0 or 1."""
@@ -67,9 +70,7 @@ class MultiLabel(nn.Module):
         nll = jax.nn.softplus(logits) - labels * logits
         return {'loss': Mean.of(nll.mean(-1), batch['is_real_example'])}
 
-    def count(self, batch: Batch) -> jax.Array:
-        """Real examples."""
-        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+    count = Classification.count
 
 
 class Regression(nn.Module):
@@ -87,16 +88,13 @@ class Regression(nn.Module):
     @nn.compact
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """pooled [B, 1, D] -> logits float32 [B], the number itself."""
-        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
-        return {'logits': Dense((1,), self.dtype, name='dense')(x)[:, 0].astype(jnp.float32)}
+        return {'logits': _logits(self, encoded.pooled[:, 0], 1, train)[:, 0]}
 
     def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
         """Squared error; label_ids [B]."""
         return {'loss': Mean.of((outputs['logits'] - batch['label_ids']) ** 2, batch['is_real_example'])}
 
-    def count(self, batch: Batch) -> jax.Array:
-        """Real examples."""
-        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+    count = Classification.count
 
 
 class Tagging(nn.Module):
@@ -116,8 +114,7 @@ class Tagging(nn.Module):
     @nn.compact
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """hidden [B, L, D] -> logits float32 [B, L, C]."""
-        x = Dropout(self.dropout_rate)(encoded.hidden, train=train)
-        return {'logits': Dense((self.num_classes,), self.dtype, name='dense')(x).astype(jnp.float32)}
+        return {'logits': _logits(self, encoded.hidden, self.num_classes, train)}
 
     def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
         """Cross-entropy in nats and accuracy over the tokens with a label; label_ids [B, L], -1 for none."""
@@ -151,9 +148,7 @@ class Span(nn.Module):
         return {'loss': Mean((start.total + end.total) / 2, start.count),
                 'exact': Mean.of(right[0] & right[1], weights)}
 
-    def count(self, batch: Batch) -> jax.Array:
-        """Real examples."""
-        return jnp.sum(batch['is_real_example'].astype(jnp.float32))
+    count = Classification.count
 
 
 class MultipleChoice(nn.Module):
@@ -176,8 +171,7 @@ class MultipleChoice(nn.Module):
     @nn.compact
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """pooled [B, 1, D] -> logits float32 [B / C, C], -1e9 where there is no choice."""
-        x = Dropout(self.dropout_rate)(encoded.pooled[:, 0], train=train)
-        scores = Dense((1,), self.dtype, name='dense')(x)[:, 0].astype(jnp.float32)
+        scores = _logits(self, encoded.pooled[:, 0], 1, train)[:, 0]
         scores = jnp.where(batch['is_real_example'] > 0, scores, -1e9)
         return {'logits': scores.reshape(-1, self.num_choices)}
 
@@ -222,8 +216,7 @@ class BiLstmTagging(nn.Module):
             cells = [nn.OptimizedLSTMCell(self.hidden_size, dtype=self.dtype, name=f'{side}_{layer}')
                      for side in ('forward', 'backward')]
             x = nn.Bidirectional(*map(nn.RNN, cells))(x, seq_lengths=lengths)
-        x = Dropout(self.dropout_rate)(x, train=train)
-        return {'logits': Dense((self.num_classes,), self.dtype, name='dense')(x).astype(jnp.float32)}
+        return {'logits': _logits(self, x, self.num_classes, train)}
 
     def _features(self, hidden: jax.Array) -> jax.Array:
         if self.features in ('embeddings', 'second_to_last', 'last'):
@@ -234,14 +227,7 @@ class BiLstmTagging(nn.Module):
         weights = jax.nn.softmax(self.param('mix', nn.initializers.zeros, hidden.shape[:1]))
         return jnp.einsum('n,nblw->blw', weights, hidden) * self.param('scale', nn.initializers.ones, ())
 
-    def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
-        """As Tagging's."""
-        labels = batch['label_ids']
-        return cross_entropy(outputs['logits'], jnp.maximum(labels, 0), labels >= 0)
-
-    def count(self, batch: Batch) -> jax.Array:
-        """Tokens with a label."""
-        return jnp.sum((batch['label_ids'] >= 0).astype(jnp.float32))
+    losses, count = Tagging.losses, Tagging.count
 
 
 HEADS = {'classification': Classification, 'multilabel': MultiLabel, 'regression': Regression, 'tagging': Tagging,
