@@ -12,6 +12,7 @@ import concurrent.futures
 import hashlib
 import json
 import logging
+import sys
 import warnings
 from typing import Any
 
@@ -22,8 +23,14 @@ from etils import epath
 from bert_jax import paths
 from bert_jax.cli import UserError
 
-logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax logs whole tracebacks; ours is one line
 OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack or have besides
+
+# A write that fails is one line of ours. Orbax would log its traceback, and the others of that save, which fail
+# a little later, would each report that nobody waits for them any more.
+logging.getLogger('absl').setLevel(logging.CRITICAL)
+logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+_unraisable = sys.unraisablehook
+sys.unraisablehook = lambda info: str(info.exc_value) == 'Event loop is closed' or _unraisable(info)
 
 
 class Checkpoints:

@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 
 from etils import epath
@@ -52,12 +53,24 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new local folder to fill, which takes the name `folder` when all went well, and is gone when not."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as beside:
-            partial = pathlib.Path(beside) / folder.name
+        beside = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
+        try:
+            partial = beside / folder.name
             partial.mkdir()
             yield partial
             if folder.exists():
                 folder.rmdir()
             shutil.move(partial, folder)
+        finally:
+            _remove(beside)
     except OSError as error:
         raise UserError(f'{folder}: could not be written ({error.strerror or error}).') from error
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a folder in which the threads of a failed write may still be at work for a moment."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+        if not folder.exists():
+            return

@@ -19,14 +19,12 @@ Which choices for which language:
 import argparse
 import io
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 
 import sentencepiece
 import tokenizers
 
-from bert_jax import cli, prepare
+from bert_jax import cli, paths, prepare
 from bert_jax.cli import UserError
 from bert_jax.data import corpora, store, tokenizer
 
@@ -57,20 +55,13 @@ def train(args: argparse.Namespace) -> None:
     if args.vocab_size <= len(SPECIALS):
         raise UserError(f'--vocab_size {args.vocab_size}: {len(SPECIALS)} special entries alone need more.')
     output = pathlib.Path(args.output)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f'{output}: not empty; give another --output.')
+    paths.check_new(output, '--output')
     if args.kind == 'sentencepiece' and (args.strip_accents or args.split_cjk):
         raise UserError('--strip_accents and --split_cjk belong to --kind wordpiece.')
     reader, names = prepare.reader_from(args), corpora.expand(args.input)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as partial:
-        folder = pathlib.Path(partial) / 'vocab'
-        folder.mkdir()
+    with paths.whole_folder(output) as partial:
         make = {'wordpiece': _train_wordpiece, 'sentencepiece': _train_sentencepiece}[args.kind]
-        make(_Sentences(names, reader), args, folder)
-        if output.exists():
-            output.rmdir()
-        shutil.move(folder, output)
+        make(_Sentences(names, reader), args, partial)
     learned = tokenizer.load(output)
     print(f'{output}: {learned.vocab_size:,} entries ({args.kind}).')
     if learned.vocab_size < args.vocab_size:
