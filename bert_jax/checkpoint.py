@@ -163,8 +163,8 @@ class Checkpoints:
             return reader.restore(self._folder / f'{step:08d}', args=args)[item]
 
 
-def write_params(folder: epath.PathLike, params: Any) -> None:
-    """Writes parameters that come from elsewhere as step 0 of a run's checkpoints.
+def write_params(folder: epath.PathLike, params: Any, scores: dict[str, float]) -> None:
+    """Writes parameters that come from elsewhere, and the scores known of them, as step 0 of a run's checkpoints.
 
     Raises:
       UserError: they could not be written.
@@ -173,7 +173,7 @@ def write_params(folder: epath.PathLike, params: Any) -> None:
     try:
         with ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
-        _write_manifest(step, 0, {})
+        _write_manifest(step, 0, scores)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f'{step}: could not be written ({str(error).strip().splitlines()[-1][:200]}).') from error
 
@@ -238,7 +238,8 @@ def warm_start(params: Any, source: Any, fresh: tuple[str, ...] = ()) -> Any:
         if names:
             print(f'warm start, {what}: ' + ', '.join(sorted({name.partition("/")[0] for name in names})))
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.device_put(given[_name(path)], leaf.sharding) if _name(path) in taken else leaf, params)
+        lambda path, leaf: (jax.device_put(given[_name(path)], leaf.sharding, may_alias=False)  # a step eats its state
+                            if _name(path) in taken else leaf), params)
 
 
 def _flat(tree: Any) -> dict[str, Any]:

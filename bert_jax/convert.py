@@ -44,7 +44,7 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
     Raises:
       UserError: a source that cannot be read, a target that is not empty, no space left.
     """
-    folder = pathlib.Path(target)
+    folder = pathlib.Path(target).resolve()
     if '://' in target:
         raise UserError(f'{target}: converting writes to local folders only; copy the folder when it is there.')
     paths.check_new(folder, '--to')

@@ -6,8 +6,8 @@
 Texts are one a line (a pair with a tab between), or JSON lines {"text", "text_pair"}. The output is a folder of parts
 of --part_size texts each; a part appears whole, and a run that was interrupted goes on after the last one.
 
-Layers: embeddings; 1 to N, or -1 (the last), -2, ...; sum4 and concat4 (of the last four). In each part, text number
-i has
+Layers: embeddings; 1 to N, or -1 (the last), -2, ...; sum4 and concat4 (of the last four). A list that begins with a
+minus needs an equals sign: --layers=-2,-1. In each part, text number i has
 
   safetensors   tensors i/LAYER [tokens, D] (or [D] when pooled) and i/ids
   hdf5          a group i with datasets LAYER and ids
@@ -15,6 +15,7 @@ i has
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -24,15 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bert_jax import cli, huggingface, predict, pretrained
+from bert_jax import cli, huggingface, paths, predict, pretrained
 from bert_jax.cli import UserError
-from bert_jax.data import texts
+from bert_jax.data import encoded, texts
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 from bert_jax.model import model as models
 
 ENDINGS = {'safetensors': 'safetensors', 'hdf5': 'h5', 'jsonl': 'jsonl'}
-POOLS = {'none': None, 'cls': 'the first token', 'mean': 'the mean over all tokens'}
+POOLS = ('none', 'cls', 'mean')
 
 
 def main() -> None:
@@ -43,7 +44,8 @@ def main() -> None:
     parser.add_argument('--input', required=True, metavar='FILE', help='texts; - for standard input')
     parser.add_argument('--output', required=True, metavar='DIR')
     parser.add_argument('--layers', default='-1', metavar='L,L', help='(default: -1, the last)')
-    parser.add_argument('--pool', choices=POOLS, default='none', help='a vector a token, or one a text (default: none)')
+    parser.add_argument('--pool', choices=POOLS, default='none', 
+                        help='a vector a token, that of the first token, or the mean over all (default: none)')
     parser.add_argument('--format', choices=ENDINGS, default='safetensors')
     parser.add_argument('--max_length', type=int, default=0, metavar='N',
                         help='tokens of a text (default: as many as the model has positions)')
@@ -65,8 +67,9 @@ def write(args: argparse.Namespace) -> None:
     if not rows:
         raise UserError(f'{args.input}: no texts in it.')
     folder = pathlib.Path(args.output)
+    texts_hash = hashlib.sha256(json.dumps([(row.text, row.pair) for row in rows]).encode()).hexdigest()
     _check_run(folder, {key: value for key, value in vars(args).items() if key not in ('output', 'batch_size')} | {
-        'texts': len(rows)})
+        'texts': len(rows), 'sha256': texts_hash})
     with cli.progress(total=len(rows), unit='text', desc='features') as bar:
         for number, start in enumerate(range(0, len(rows), args.part_size)):
             some = rows[start:start + args.part_size]
@@ -87,9 +90,8 @@ def _check_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
         if different:
             raise UserError(f'{folder}: holds features of other settings ({", ".join(different)}); '
                             'give another --output.')
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f'{folder}: not an empty folder; give another --output.')
     else:
+        paths.check_new(folder, '--output')
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings, indent=1) + '\n')
 
@@ -105,8 +107,8 @@ class Extractor:
     def __init__(self, source: str, layers: list[str], pool: str, max_length: int) -> None:
         model = pretrained.load(source)
         positions, count = model.model.embeddings.max_length, model.model.encoder.num_layers
-        if max_length > positions:
-            raise UserError(f'--max_length {max_length} is beyond the {positions} positions of {source}.')
+        if max_length and not encoded.SHORTEST <= max_length <= positions:
+            raise UserError(f'--max_length {max_length}: {encoded.SHORTEST} to {positions}, the positions of {source}.')
         self.layers, self.tokenizer, self._max_length = layers, model.tokenizer, max_length or positions
         combine = {name: _layer(name, count) for name in layers}
         config = model.model.copy_and_resolve_references()
@@ -141,6 +143,8 @@ def _layer(name: str, count: int) -> Callable[[jax.Array], jax.Array]:
     """hidden [N + 1, B, L, D] -> [B, L, W]."""
     if name == 'embeddings':
         return lambda hidden: hidden[0]
+    if name in ('sum4', 'concat4') and count < 4:
+        raise UserError(f'--layers {name}: the model has {count} layers.')
     if name == 'sum4':
         return lambda hidden: hidden[-4:].sum(0)
     if name == 'concat4':

@@ -59,10 +59,18 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
     """
     if not config.init_from:
         raise UserError('--config.init_from=W0 is missing: a workdir, a Hugging Face folder or name, or a TF1 folder.')
+    if config.num_lengths < 1 or config.evals_per_epoch < 1:
+        raise UserError('--config.num_lengths and --config.evals_per_epoch: one or more is expected.')
+    if config.best.endswith(LOWER_IS_BETTER):
+        raise UserError(f'--config.best={config.best}: the highest is kept, so name a score that grows '
+                        'with quality.')
     runs = sweep.expand(config)
     if len(runs) == 1:
         return run(Job(config), config, path)
     return sweep.run_all(config, path, runs, Job, run)
+
+
+LOWER_IS_BETTER = ('loss', 'mse')
 
 
 class Job:
@@ -87,6 +95,9 @@ class Job:
         self.model_config = describe_model(config, self.source.model, self.kind.target, self.kind.options(self.task))
         self.mesh = partition.make_mesh(config.mesh)
         self.data = self._encode(config)
+        splits = [split for split in self.data if split.startswith('dev')]
+        if config.best and config.best.partition('/')[0] not in splits:
+            raise UserError(f'--config.best={config.best}: SPLIT/SCORE is expected, SPLIT one of {", ".join(splits)}.')
         _print_task(config, self.task, self.data)
         self.model = models.build(self.model_config)
         self.tx = optimizer.make_optimizer(**config.optimizer)
@@ -109,6 +120,8 @@ class Job:
 
 def describe_model(config: ConfigDict, source: ConfigDict, target: str, options: dict[str, Any]) -> ConfigDict:
     """The checkpoint's embeddings and encoder, this run's dropout, the task's target."""
+    if config.max_length < encoded.SHORTEST:
+        raise UserError(f'--config.max_length={config.max_length}: {encoded.SHORTEST} or more is expected.')
     if config.max_length > source.embeddings.max_length:
         raise UserError(f'max_length {config.max_length} is longer than the position table of {config.init_from} '
                         f'({source.embeddings.max_length}).')
@@ -134,9 +147,6 @@ def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     workdir.write_json(folder / 'best.json', {'score': score})
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints, score)
     state = _train(job, config, checkpoints.resume(_initial(job, config)), checkpoints, folder)
-    known = checkpoints.scores(checkpoints.steps()[-1])
-    if score not in known:
-        raise unknown('score for --config.best', score, known)
     best, params = _best_params(checkpoints, state)
     results = checkpoints.scores(best) | {'best_step': best}
     for split in job.data.keys() - {'train'}:
@@ -169,7 +179,7 @@ def _train(job: Job, config: ConfigDict, state: train.TrainState, checkpoints: c
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
     placed = batches.placed_ahead(_batches(config, data, start, num_steps), partition.batch_sharding(job.mesh))
-    scored = {split: functools.partial(_score, job, split, config.batch_size) for split in job.data
+    scored = {split: functools.partial(_score, job, split, config.batch_size, config.best) for split in job.data
               if split.startswith('dev')}
     state = train.fit(
         state, job.step, placed, num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed),
@@ -191,11 +201,16 @@ def _best_params(checkpoints: checkpoint.Checkpoints, state: train.TrainState) -
     return best, checkpoints.restore(best, 'params', shapes)
 
 
-def _score(job: Job, split: str, batch_size: int, step: int, params: Any) -> dict[str, float]:
+def _score(job: Job, split: str, batch_size: int, best: str, step: int, params: Any) -> dict[str, float]:
+    """The scores of a dev split; an error when the one that is to choose, `best`, is not among them."""
     outputs, loss = _outputs(job, split, params, batch_size)
     rows, module = job.task.splits[split], job.kind.module
     found = module.decode(job.task, rows, job.data[split], outputs)
-    return {'loss': loss} | module.score(job.task, rows, outputs, found)
+    values = {'loss': loss} | module.score(job.task, rows, outputs, found)
+    wanted_split, _, wanted = best.partition('/')
+    if wanted_split == split and wanted not in values:
+        raise unknown('score for --config.best', best, (f'{split}/{name}' for name in values))
+    return values
 
 
 def _outputs(job: Job, split: str, params: Any, batch_size: int) -> tuple[dict[str, Any], float]:

@@ -15,6 +15,9 @@ from a .jsonl file:
   span (answers)              question TAB passage           {"question", "passage"}
   choice                      context TAB choice TAB ...     {"context", "choices": [...]}
 
+Each input is predicted alone, also by a tagger that was trained with document_context; what is longer than the
+max_length of the fine-tuning is read in windows (span, tagging) or cut.
+
 From Python, in three lines:
 
     import bert_jax
@@ -61,8 +64,9 @@ class Predictor:
             raise UserError(f'{path}: its heads ({", ".join(source.model.targets) or "none"}) predict nothing.')
         self.kind, self.labels = KINDS.get(self.target, 'fill_mask'), source.labels
         self._config, self._params, self._tokenizer = source.model, source.params, source.tokenizer
-        self._max_length = source.model.embeddings.max_length
-        task = source.about.get('config', {}).get('task', {})
+        config = source.about.get('config', {})
+        task = config.get('task', {})
+        self._max_length = config.get('max_length', source.model.embeddings.max_length)  # a fine-tuned model's own
         threshold = source.about.get('scores', {}).get('dev/null_threshold', 0.0)
         self._settings = SPANS | {key: value for key, value in task.items() if key in SPANS}
         self._settings |= {'null_threshold': threshold, 'document_context': False}
@@ -123,6 +127,11 @@ class Predictor:
         results: list[Any] = [None] * len(rows)
         for numbers, batch in data.evaluation_batches(batch_size):
             at = batch['input_ids'] == self._tokenizer.mask_id
+            for number, row_at in zip(numbers, at):
+                row = rows[number]
+                if row_at.sum() < (row.text + (row.pair or '')).count(MASK):
+                    raise UserError(f'{row.text[:80]!r}...: a {MASK} lies beyond the {self._max_length} tokens that '
+                                    'the model reads.')
             most = 1 << int(max(1, at.sum(1).max()) - 1).bit_length()
             positions = np.argsort(~at, axis=1, kind='stable')[:, :most].astype(np.int32)
             logits = np.asarray(self._apply(self._params, batch | {'masked_lm_positions': positions})['mlm']['logits'])

@@ -58,7 +58,9 @@ def _best(config: ConfigDict, path: str) -> str:
 
 def write_workdir(model: Pretrained, folder: pathlib.Path) -> list[str]:
     """Writes a workdir to fine-tune from, predict with, or go on from; nothing is lost in it."""
-    config = ConfigDict({'model': model.model.to_dict(), 'source': model.about['source']})
+    made = model.about.get('config', {})  # what predict needs of a fine-tuned one: its task and max_length
+    config = ConfigDict({'model': model.model.to_dict(), 'source': model.about['source']} | {
+        key: made[key] for key in ('task', 'max_length') if key in made})
     opened = workdir.start(folder, config, model.tokenizer)
     if model.labels:
         workdir.write_json(opened / 'labels.json', list(model.labels))
@@ -66,7 +68,7 @@ def write_workdir(model: Pretrained, folder: pathlib.Path) -> list[str]:
     model.params = None
     for i, leaf in enumerate(leaves):  # one by one: NumPy's copy goes as JAX's comes
         leaves[i] = jax.device_put(leaf)
-    checkpoint.write_params(opened / 'checkpoints', jax.tree.unflatten(tree, leaves))
+    checkpoint.write_params(opened / 'checkpoints', jax.tree.unflatten(tree, leaves), model.about.get('scores', {}))
     return []
 
 

@@ -79,14 +79,24 @@ def test_pooled_and_resumed(folder, tmp_path):
     after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / 'mean').iterdir()}
     assert {p for p in before if before[p] != after[p]} == {second} and before[second][0] == after[second][0]
     expect_error(run_module(*args, '--layers', '2'), 'other settings (layers)')
+    (tmp_path / 'in.txt').write_text('\n'.join(['w2 w1', *TEXTS[1:]]) + '\n')
+    expect_error(run_module(*args), 'other settings (sha256)')
 
 
 @pytest.mark.parametrize('args, words', [
-    (('--layers', '6'), ('--layers 6', '1 to 5', 'concat4')), (('--max_length', '41'), ('40 positions',))])
+    (('--layers', '6'), ('--layers 6', '1 to 5', 'concat4')), (('--max_length', '41'), ('8 to 40',)), (('--max_length', '2'), ('8 to 40',))])
 def test_bad_input(folder, tmp_path, args, words):
     (tmp_path / 'in.txt').write_text('w1\n')
     expect_error(run_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', *args), *words)
     assert not (tmp_path / 'out').exists()
+
+
+def test_the_last_four_of_three_layers_are_refused(tmp_path):
+    small = peers.save(peers.model(num_hidden_layers=3), tmp_path / 'hf')
+    (tmp_path / 'in.txt').write_text('w1\n')
+    args = ('features', '--from', small, '--input', tmp_path / 'in.txt')
+    expect_error(run_module(*args, '--output', tmp_path / 'out', '--layers', 'sum4'), '3 layers')
+    expect_error(run_module(*args, '--output', tmp_path / 'in.txt'), 'not an empty folder')
 
 
 @pytest.mark.parametrize('features', ['embeddings', 'second_to_last', 'last', 'sum_last4', 'concat_last4', 'sum_all'])

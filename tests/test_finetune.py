@@ -80,6 +80,15 @@ def test_a_finished_run_is_not_repeated(tuned):
     assert before == {p: p.stat().st_mtime for p in work.rglob('checkpoints/**/*')}
 
 
+def test_restarts_from_a_workdir_begin_with_the_same_weights(pretrained, tmp_path):
+    """A run's state is given away step by step; the next run's start is not."""
+    train = write(tmp_path / 'train.csv', rows(60))
+    finetune.finetune(load_config(pretrained, train, '--config.epochs=1', '--config.seeds=2'), str(tmp_path / 'both'))
+    finetune.finetune(load_config(pretrained, train, '--config.epochs=1', '--config.seed=1'), str(tmp_path / 'second'))
+    both = json.loads((tmp_path / 'both' / 'sweep.json').read_text())
+    assert both['runs']['seed1']['dev/loss'] == json.loads((tmp_path / 'second' / 'results.json').read_text())['dev/loss']
+
+
 def test_predicting_classes_from_arguments_files_and_python(tuned, tmp_path):
     work, _ = tuned
     texts = [text for text, _ in rows(20, 2)]
@@ -99,6 +108,13 @@ def test_predicting_classes_from_arguments_files_and_python(tuned, tmp_path):
     assert model([]) == []
 
 
+def test_prediction_reads_as_much_as_fine_tuning_did(tuned):
+    """A text longer than max_length is cut where it was cut then."""
+    model = bert_jax.load(str(tuned[0]))
+    text = ' '.join(WORDS['spam'].split() * 30)
+    assert model(text)['scores'] == model(text + ' import module package name' * 5)['scores']
+
+
 def test_filling_masks(pretrained, tmp_path):
     model = bert_jax.load(str(pretrained))
     one = model('the [MASK] statement and the [MASK]', top_k=3)
@@ -110,6 +126,7 @@ def test_filling_masks(pretrained, tmp_path):
     result = run_module('predict', '--workdir', pretrained, 'the [MASK] statement', '--top_k', '2')
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
     expect_error(run_module('predict', '--workdir', pretrained, 'no mask'), 'No [MASK]')
+    expect_error(run_module('predict', '--workdir', pretrained, 'word ' * 200 + '[MASK]'), 'lies beyond the 128 tokens')
     expect_error(run_module('predict', '--workdir', pretrained), 'No text')
     expect_error(run_module('predict', '--workdir', tmp_path, 'x'), 'no model there', 'expected a workdir')
     expect_error(run_module('predict', '--workdir', pretrained, '--input', tmp_path / 'none.txt'), 'none.txt')
@@ -224,6 +241,11 @@ def test_a_label_outside_the_label_set(pretrained, tmp_path):
 @pytest.mark.parametrize('override, words', [
     ('task.train_file=missing.csv', ('missing.csv', 'No such file')),
     ('max_length=4000', ('max_length 4000', 'position table')),
+    ('max_length=2', ('max_length=2', '8 or more')),
+    ('num_lengths=0', ('num_lengths', 'one or more')),
+    ('best=dev/loss', ('best=dev/loss', 'grows with quality')),
+    ('best=accuracy', ('SPLIT/SCORE', 'dev')),
+    ('best=dev/acuracy', ("'dev/acuracy'", 'dev/accuracy')),
     ('init_from=nowhere', ('nowhere',)),
     ('task.name=sentiment', ("Unknown task 'sentiment'", 'sst2')),
 ])

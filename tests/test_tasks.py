@@ -280,6 +280,14 @@ def test_the_best_span_over_windows_equals_brute_force(model):
         assert sum(one['probability'] for one in answer['nbest']) == pytest.approx(1, abs=1e-4)
 
 
+def test_a_passage_without_tokens_has_no_answer_and_finite_odds(model):
+    task = Task('span', {}, settings=SETTINGS | {'null_answers': True})
+    rows = [question(' ', id='a')]
+    data = spans.encode(task, rows, tokenizer.load(model), 20, (20,))
+    (found,) = spans.decode(task, rows, data, {name: [np.ones(n, np.float32) for n in data.longest] for name in ('start_logits', 'end_logits')})
+    assert found['text'] == '' and np.isfinite(found['null_odds']) and found['nbest'] == []
+
+
 def test_no_answer_is_said_above_the_threshold_that_is_best_on_dev():
     task = Task('span', {}, settings=SETTINGS | {'null_answers': True})
     rows = [question('w1', ('w1', 0), id='a'), question('w2', ('w2', 0), id='b'), question('w3', id='c'), question('w4', id='d')]
@@ -336,6 +344,9 @@ def bad(name, folder, content, suffix):
     ('tagging', '.conll', 'a O\nb I-X\n', ('bad.conll:2', "'I-X' is not IOB2", 'iob1')),
     ('tagging', '.conll', 'a O\nb Q-X\n', ('bad.conll:2', 'not a tag')),
     ('tagging', '.conll', '\n\n', ('no sentences',)),
+    ('tagging, iobes', '.conll', 'a B-X\nb O\n', ('bad.conll:2', "'O' is not IOBES after 'B-X'")),
+    ('tagging, iobes', '.conll', 'a S-X\nb B-X\n\nc O\n', ('bad.conll:2', "the sentence's end is not IOBES after 'B-X'")),
+    ('tagging, iobes', '.conll', 'a B-X\nb E-Y\n', ('bad.conll:2', "'E-Y' is not IOBES after 'B-X'")),
     ('choice', '.jsonl', '{"context": "a", "choices": ["b"], "label": 0}\n', ('bad.jsonl:1', '1 choices')),
     ('choice', '.jsonl', '{"context": "a", "choices": ["b", "c"], "label": 2}\n', ('bad.jsonl:1', 'label 2')),
     ('choice', '.jsonl', '{"context": "a", "label": 2}\n', ('bad.jsonl:1', "no column 'choices'")),
@@ -348,7 +359,9 @@ def bad(name, folder, content, suffix):
 ])
 def test_bad_files_name_file_and_line(name, suffix, content, words, model, tmp_path):
     with pytest.raises(UserError) as error:
-        finetune.finetune(config(name, model, bad(name, tmp_path, content, suffix)), str(tmp_path / 'work'))
+        name, _, scheme = name.partition(', ')
+        overrides = [f'task.scheme={scheme}'] if scheme else []
+        finetune.finetune(config(name, model, bad(name, tmp_path, content, suffix), *overrides), str(tmp_path / 'work'))
     assert all(w in str(error.value) for w in words), error.value
     assert not (tmp_path / 'work').exists()
 
@@ -393,4 +406,5 @@ def test_predictions_for_glues_server(model, tmp_path):
         assert archive.namelist() == ['SST-2.tsv', 'STS-B.tsv']
         lines = archive.read('STS-B.tsv').decode().splitlines()
     assert lines[0] == 'index\tprediction' and len(lines) == 17 and all(0 <= float(line.split('\t')[1]) <= 5 for line in lines[1:])
+    assert run_module('data.glue', '--runs', tmp_path / 'run_stsb', '--output', tmp_path / 'new' / 'all.zip').returncode == 0
     expect_error(run_module('data.glue', '--runs', model, '--output', tmp_path / 'x.zip'), 'no submission')

@@ -11,6 +11,7 @@ from bert_jax.data import draws
 GROUP = 32  # batches of one group are cut from examples sorted by length
 ORDER, BATCH_ORDER = range(2)  # streams of draws
 STEP = 8  # lengths are multiples of it
+SHORTEST = 8  # of max_length: room for a pair with [CLS] and [SEP]s
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

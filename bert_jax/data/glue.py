@@ -161,6 +161,7 @@ def main() -> None:
         if not files:
             raise UserError(f'{run}: no submission/*.tsv there; was it fine-tuned on a GLUE task with a test file?')
         found |= {file.name: file for file in files}
+    pathlib.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(args.output, 'w', zipfile.ZIP_DEFLATED) as archive:
         for name, file in sorted(found.items()):
             archive.write(file, name)

@@ -17,6 +17,8 @@ from bert_jax.data import encoded, tables
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 
+LOWEST = -1e9  # the score of an answer from a passage without tokens; JSON has no infinity
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -188,7 +190,7 @@ def decode(task: Task, rows: Sequence[Question], data: encoded.Encoded, outputs:
     found = []
     for row, spans, null in zip(rows, candidates, nulls):
         nbest = _nbest(row, spans, task.settings['n_best'])
-        best = nbest[0] if nbest else {'text': '', 'begin': 0, 'end': 0, 'score': -np.inf}
+        best = nbest[0] if nbest else {'text': '', 'begin': 0, 'end': 0, 'score': LOWEST}
         odds = float(null - best['score'])
         answer = best
         if task.settings['null_answers'] and odds > task.settings['null_threshold']:

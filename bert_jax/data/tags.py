@@ -104,12 +104,14 @@ def _from_iob2(tags: Sequence[str], file: str, line: int) -> Iterator[str]:
 
 def _from_iobes(tags: Sequence[str], file: str, line: int) -> Iterator[str]:
     """E- (L-) at an entity's last word, S- (U-) at its only one."""
-    for at, prefix, kind, before, kind_before in _parts(tags):
-        inside = before in 'BI' and kind == kind_before
-        if (prefix in 'IEL') != inside:
-            raise UserError(f'{file}:{line + at}: {tags[at]!r} is not IOBES after '
+    for at, prefix, kind, before, kind_before in _parts([*tags, 'O']):
+        goes_on = before in 'BI'
+        if (prefix in 'IEL') != goes_on or (goes_on and kind != kind_before):
+            here = repr(tags[at]) if at < len(tags) else "the sentence's end"
+            raise UserError(f'{file}:{line + min(at, len(tags) - 1)}: {here} is not IOBES after '
                             f'{tags[at - 1] if at else "nothing"!r}.')
-        yield 'O' if prefix == 'O' else f'{"B" if prefix in "BSU" else "I"}-{kind}'
+        if at < len(tags):
+            yield 'O' if prefix == 'O' else f'{"B" if prefix in "BSU" else "I"}-{kind}'
 
 
 SCHEMES = {'iob1': _from_iob1, 'iob2': _from_iob2, 'iobes': _from_iobes}
