@@ -256,6 +256,8 @@ def test_an_answer_that_cuts_a_word_moves_to_the_nearest_whole_one(model):
     _, offsets = tok.encode_with_offsets(passage)
     first, last = spans.token_span(question(passage, ('w1', 0)), offsets)
     assert (first, last) == (2, 2)
+    assert spans.token_span(question(passage, ('w', 0), ('w3', 11)), offsets) == (3, 3)  # another of its answers is whole
+    assert spans.token_span(question(passage, ('11 w22', 1)), offsets) == (0, 1)  # none is: what it touches
 
 
 def test_the_best_span_over_windows_equals_brute_force(model):

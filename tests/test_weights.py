@@ -99,17 +99,20 @@ def by_their_names(tree, source):
 
 
 @pytest.mark.parametrize('activation', ['gelu', 'gelu_new', 'relu'])
-def test_the_gradient_of_every_parameter(activation, tmp_path):
+def test_the_loss_and_the_gradient_of_every_parameter(activation, tmp_path):
     peer = peers.model(hidden_act=activation, num_hidden_layers=3)
     model, params, source = load(peer, tmp_path)
     example = peers.batch(peer.config)
-    peers.loss(peer, example).backward()
+    expected = peers.loss(peer, example)
+    expected.backward()
 
     def loss(params):
         losses = model.apply({'params': params}, example, train=True, method='losses')
         return sum(v['loss'].total / v['loss'].count for v in losses.values())
 
-    ours = by_their_names(jax.grad(loss)(params), source)
+    value, gradient = jax.value_and_grad(loss)(params)
+    assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+    ours = by_their_names(gradient, source)
     theirs = {name: p.grad.numpy() for name, p in peer.named_parameters()}
     assert ours.keys() == theirs.keys()
     whole = np.sqrt(sum((g**2).sum() for g in theirs.values()))

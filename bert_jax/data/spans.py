@@ -126,22 +126,24 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
 
 
 def token_span(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[int | None, int | None]:
-    """First and last token of the first answer; (None, None) where there is none.
+    """First and last token of the first answer that is made of whole tokens; (None, None) without an answer.
 
-    A place that cuts a token in two ('four' in 'fourth') is not where the answer stands: the nearest place where its
-    text is made of whole tokens is taken instead, if there is one.
+    A place that cuts a token in two ('four' in 'fourth') is not where an answer stands: the nearest place where its
+    text is made of whole tokens is taken instead. Where no answer has one, the tokens that touch the first are taken.
     """
-    if not question.answers or not question.answers[0][0].strip():
+    answers = [(text.strip(), question.passage.index(text.strip(), start))
+               for text, start in question.answers if text.strip()]
+    if not answers:
         return None, None
-    text, given = question.answers[0][0].strip(), question.answers[0][1]
-    given = question.passage.index(text, given)
     begins = {b: i for i, (b, e) in enumerate(offsets) if e > b}
     ends = {e: i for i, (b, e) in enumerate(offsets) if e > b}
-    whole = [m.start() for m in re.finditer(f'(?={re.escape(text)})', question.passage)
-             if m.start() in begins and m.start() + len(text) in ends]
-    if whole:
-        begin = min(whole, key=lambda place: abs(place - given))
-        return begins[begin], ends[begin + len(text)]
+    for text, given in answers:
+        whole = [m.start() for m in re.finditer(f'(?={re.escape(text)})', question.passage)
+                 if m.start() in begins and m.start() + len(text) in ends]
+        if whole:
+            begin = min(whole, key=lambda place: abs(place - given))
+            return begins[begin], ends[begin + len(text)]
+    text, given = answers[0]
     touched = [i for i, (b, e) in enumerate(offsets) if b < given + len(text) and e > given]
     return (touched[0], touched[-1]) if touched else (None, None)
 
