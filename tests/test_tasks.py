@@ -192,6 +192,28 @@ def test_glues_odd_files(tmp_path):
     assert len(qqp.splits['train']) == 2 and '1 rows' in qqp.skipped
 
 
+def test_glue_from_tfds_mock():
+    import tensorflow_datasets as tfds
+
+    with tfds.testing.mock_data(num_examples=4):
+        for name, layout in glue.LAYOUTS.items():
+            task = glue.read(name, f'tfds:glue/{name}')
+            assert list(task.splits) == [split for split in layout.files if split != 'test_diagnostic']
+            for split, rows in task.splits.items():
+                assert len(rows) == 4 and all((row.pair is None) == (layout.pair == '') and row.text for row in rows)
+                assert {row.label for row in rows} == {None} if split.startswith('test') else all(
+                    row.label in layout.labels if layout.labels else isinstance(row.label, float) for row in rows)
+    with pytest.raises(UserError, match='no_such'):
+        glue.read('sst2', 'tfds:glue/no_such')
+
+
+def test_glue_from_tfds_comes_in_glues_order_under_glues_names(monkeypatch):
+    records = [{'premise': b'p%d' % i, 'hypothesis': b'h', 'idx': np.int32(i), 'label': np.int64(i % 3)} for i in (2, 0, 1)]
+    monkeypatch.setattr(glue.corpora, 'tfds_records', lambda name, split: [(r, ['entailment', 'neutral', 'contradiction']) for r in records])
+    rows = glue.read('mnli', 'tfds:glue/mnli').splits['dev_mismatched']
+    assert [(row.text, row.label) for row in rows] == [('p0', 'entailment'), ('p1', 'neutral'), ('p2', 'contradiction')]
+
+
 @pytest.mark.parametrize('scheme, given_tags', [
     ('iob1', 'O I-PER I-PER B-PER I-LOC O I-LOC'), ('iob2', 'O B-PER I-PER B-PER B-LOC O B-LOC'), ('iobes', 'O B-PER E-PER S-PER S-LOC O S-LOC')])
 def test_every_scheme_becomes_iob2(scheme, given_tags, tmp_path):

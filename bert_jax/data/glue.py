@@ -126,7 +126,8 @@ def _from_file(path: str, layout: Layout, split: str, skipped: list[int]) -> Ite
 def _from_tfds(name: str, layout: Layout, split: str) -> Iterator[Row]:
     kind, _, part = split.partition('_')
     part = f'_{part or "matched"}' if 'dev_mismatched' in layout.files and kind != 'train' else ''
-    for number, (record, names) in enumerate(corpora.tfds_records(name, TFDS_SPLITS[kind] + part)):
+    records = corpora.tfds_records(name, TFDS_SPLITS[kind] + part)  # in an order of TFDS' own
+    for number, (record, names) in enumerate(sorted(records, key=lambda found: int(found[0]['idx']))):
         label = None
         if kind != 'test':
             label = str(record['label'])
