@@ -17,8 +17,10 @@ import warnings
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from bert_jax import paths
 from bert_jax.cli import UserError
@@ -56,8 +58,9 @@ class Checkpoints:
         """
         self.wait()
         folder = self._folder / f'{step:08d}'
-        if folder.exists():  # left unfinished, or damaged, by an earlier run
+        if jax.process_index() == 0 and folder.exists():  # left unfinished, or damaged, by an earlier run
             folder.rmtree()
+        _meet(f'save {step}')
         rest = {'step': state.step, 'opt_state': state.opt_state}
         if self._orbax is None:
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -78,6 +81,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # tensorstore and orbax raise many kinds
                 raise self._failed(self._folder, error) from error
+            _meet('saved')  # the first process has written the manifest
 
     def _finish(self, folder: epath.Path, step: int, scores: dict[str, float]) -> None:
         self._orbax.wait_until_finished()
@@ -123,7 +127,10 @@ class Checkpoints:
 
     def resume(self, state: Any) -> Any:
         """The newest whole state, laid out as `state` is; `state` itself when there is none."""
-        step = self.newest_whole()
+        step = self.newest_whole() if jax.process_index() == 0 else None
+        if jax.process_count() > 1:  # one reads and compares; all do as it says
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+            step = None if step < 0 else step
         if step is None:
             return state
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -161,6 +168,12 @@ class Checkpoints:
             warnings.simplefilter('ignore')  # "no sharding given": one device is what is meant then
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
             return reader.restore(self._folder / f'{step:08d}', args=args)[item]
+
+
+def _meet(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def write_params(folder: epath.PathLike, params: Any, scores: dict[str, float]) -> None:

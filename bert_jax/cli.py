@@ -12,9 +12,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+RESTART = 75  # exit code: nothing is wrong, the same command goes on (EX_TEMPFAIL)
+
 
 class UserError(Exception):
     """Something the user can put right: what is wrong, where, and what would be right, in one line."""
+
+
+class Stopped(Exception):
+    """The run was told to stop, and has saved where it is."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
@@ -95,7 +101,7 @@ def _leaves(config: ConfigDict, prefix: str = '') -> list[str]:
 
 
 def progress(items: Iterable | None = None, **kwargs: Any) -> tqdm:
-    """A tqdm bar on a terminal, a plain line every half minute elsewhere."""
+    """A tqdm bar on a terminal, a plain line every half minute elsewhere; tqdm's keywords."""
     if sys.stderr.isatty():
         return tqdm(items, dynamic_ncols=True, **kwargs)
     return tqdm(items, file=_Lines(), ascii=True, ncols=100, mininterval=30, **kwargs)
@@ -120,13 +126,16 @@ def run(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError into one line on stderr and exit code 2, an interrupt into exit code 130."""
+    """Turns a UserError into one line on stderr and exit code 2, Stopped into code 75, an interrupt into 130."""
     try:
         yield
     except UserError as error:
         message = ' '.join(str(error).split())
         print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(RESTART)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from bert_jax import partition
-from bert_jax.data.batches import Batch, place
+from bert_jax.data.batches import Batch, place, share
 from bert_jax.data.encoded import Encoded
 from bert_jax.metrics import merge
 
@@ -40,9 +40,9 @@ def make_loss_step(model: nn.Module, mesh: jax.sharding.Mesh) -> Callable:
 
 def evaluate(loss_step: Callable, params: Any, batches: Iterable[Batch], mesh: jax.sharding.Mesh
              ) -> dict[str, float]:
-    """Means over batches whose padding rows weigh nothing; sums are merged in float64."""
+    """Means over batches, made whole on every host, whose padding rows weigh nothing; sums are merged in float64."""
     sharding = partition.batch_sharding(mesh)
-    return merge(jax.device_get([loss_step(params, place(batch, sharding)) for batch in batches]))
+    return merge(jax.device_get([loss_step(params, place(share(batch, sharding), sharding)) for batch in batches]))
 
 
 def predict(apply: Callable[[Batch], tuple[dict[str, Any], dict[str, Any]]], data: Encoded, batch_size: int, target: str

@@ -49,11 +49,15 @@ def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
 class Writer:
     """Writes each record to `log.jsonl` and to TensorBoard files; rates go to `rates.jsonl`.
 
-    `log.jsonl` holds nothing that depends on the clock, so two runs with equal numbers have equal logs.
+    `log.jsonl` holds nothing that depends on the clock, so two runs with equal numbers have equal logs. Of many
+    processes the first alone writes.
     """
 
     def __init__(self, workdir: epath.Path, step: int) -> None:
-        import tensorboardX  # half a second, and only one process writes
+        self._board = None
+        if jax.process_index():
+            return
+        import tensorboardX  # half a second
 
         self._files = {name: workdir / f'{name}.jsonl' for name in ('log', 'rates')}
         for file in self._files.values():
@@ -72,6 +76,8 @@ class Writer:
         self._append('rates', step, values)
 
     def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._board is None:
+            return
         paths.append(self._files[name], json.dumps({'step': step, **values}) + '\n')
         for key, value in values.items():
             if isinstance(value, (int, float)):
@@ -80,7 +86,8 @@ class Writer:
 
     def close(self) -> None:
         """Ends the TensorBoard file."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def cut_back(file: epath.Path, step: int) -> None:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from bert_jax import (
     checkpoint,
     cli,
+    distributed,
     evaluate,
     flops,
     metrics,
@@ -38,8 +39,11 @@ def main() -> None:
     """Command line."""
     parser = cli.parser(__doc__)
     parser.add_argument('--workdir', required=True, metavar='W', help='where the run lives; may be gs://')
+    distributed.add_arguments(parser)
     args, config = cli.parse_with_config(parser)
-    pretrain(config, args.workdir)
+    distributed.join(args)
+    with distributed.exit_when_others_are_gone():
+        pretrain(config, args.workdir)
 
 
 def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
@@ -47,11 +51,13 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
 
     Raises:
       UserError: a config that cannot run; a workdir of another run; a loss that is not finite.
+      Stopped: told to stop; a checkpoint is saved.
     """
-    if not config.store:
-        raise UserError('--config.store=STORE is missing: the token store made by python -m bert_jax.prepare.')
-    data = store.load(config.store)
+    stop = distributed.stop_notice()
+    data = load_store(config)
     set_vocab_size(config.model, data.tokenizer.vocab_size)
+    with config.unlocked():
+        config.store_hash = data.info['sha256']  # its path may differ from host to host
     mesh = partition.make_mesh(config.mesh)
     check(config, mesh)
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
@@ -75,12 +81,13 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
     evaluator = make_evaluator(config, data, model, mesh, phases)
-    placed = batches.placed_ahead(phase_batches(config, phases, streams, start), partition.batch_sharding(mesh))
+    sharding = partition.batch_sharding(mesh)
+    placed = batches.placed_ahead(phase_batches(config, phases, streams, start, sharding), sharding)
     train.fit(
         state, step, placed,
         num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
         save_every=config.save_every, eval_every=config.eval_every, evaluators={'held_out': evaluator},
-        checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases),
+        checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases), stop=stop,
         rates=functools.partial(rates, config, phases))
     writer.close()
     results = checkpoints.scores(num_steps)
@@ -105,6 +112,21 @@ def _first_steps(phases: tuple[tuple[int, int, int], ...]) -> list[int]:
 def phase_at(phases: list[Phase], step: int) -> Phase:
     """The phase of update `step` (from 0); the last one for the end of the run."""
     return next((phase for phase in phases if step < phase.stop), phases[-1])
+
+
+def load_store(config: ConfigDict) -> store.Store:
+    """The token store; all processes must have the same, and the same config and code."""
+    if not config.store:
+        raise UserError('--config.store=STORE is missing: the token store made by python -m bert_jax.prepare.')
+    try:
+        data, said = store.load(config.store), ''
+    except UserError as error:
+        data, said = None, str(error)
+    facts = {f'config.{key}': repr(value) for key, value in config.items() if key != 'store'}
+    distributed.agree(facts | {'the code': distributed.code_version(), 'the store': said or data.info['sha256'][:12]})
+    if data is None:
+        raise UserError(said)
+    return data
 
 
 def set_vocab_size(model: ConfigDict, vocab_size: int) -> None:
@@ -153,18 +175,18 @@ def make_examples(config: ConfigDict, split: store.Split, data: store.Store, see
                              config.mask_rate, tuple(config.replacement), config.short_rate)
 
 
-def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, examples.Examples], start: int
-                  ) -> Iterator[batches.Batch]:
+def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, examples.Examples], start: int,
+                  sharding: jax.sharding.Sharding) -> Iterator[batches.Batch]:
     """This host's rows of every batch from step `start` to the end."""
     stream = choose('pipeline', batches.STREAMS, config.pipeline)
     for phase in phases:
         source = streams[phase.max_length]
-        rows = batches.host_rows(phase.batch_size)
+        rows = batches.host_rows(sharding, phase.batch_size)
         make = functools.partial(_make_batch, source, phase.batch_size, rows)
         yield from stream(make, max(start, phase.first) - phase.first, phase.stop - phase.first)
 
 
-def _make_batch(source: examples.Examples, batch_size: int, rows: slice, step: int) -> batches.Batch:
+def _make_batch(source: examples.Examples, batch_size: int, rows: np.ndarray, step: int) -> batches.Batch:
     return source.batch(step, batch_size, rows)
 
 

@@ -15,7 +15,7 @@ import optax
 
 from bert_jax import memory, partition
 from bert_jax.checkpoint import Checkpoints
-from bert_jax.cli import UserError, progress
+from bert_jax.cli import Stopped, UserError, progress
 from bert_jax.metrics import Mean, Writer, merge
 
 Batch = dict[str, jax.Array]
@@ -158,7 +158,7 @@ def make_train_step(model: nn.Module, tx: optax.GradientTransformation, mesh: ja
 def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_steps: int,
         hyper: Callable[[int], dict[str, Any]], log_every: int, save_every: int, eval_every: int,
         evaluators: Mapping[str, Callable[[int, Any], dict[str, float]]], checkpoints: Checkpoints, writer: Writer,
-        phase_ends: tuple[int, ...] = (),
+        phase_ends: tuple[int, ...] = (), stop: Callable[[int], bool] = lambda step: False,
         rates: Callable[[int, dict[str, float], float], dict[str, float]] = lambda *_: {}) -> TrainState:
     """Trains from `state.step` to `num_steps`; the loop of pre-training, fine-tuning and distillation.
 
@@ -175,24 +175,27 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
       checkpoints: where states are saved, with the last evaluation's scores.
       writer: of logs.
       phase_ends: steps after which the shape of batches changes.
+      stop: step -> whether to save and stop after it.
       rates: (step, window's metrics, steps/s) -> speeds to log.
 
     Raises:
       UserError: the loss is not finite; names the step, its batch and the last good checkpoint.
+      Stopped: `stop` said so; the state is saved.
     """
     start = int(state.step)
     stops = {num_steps, *phase_ends}
     pending: list[dict[str, Mean]] = []
     scores: dict[str, float] = {}
     clock = time.monotonic()
-    bar = progress(total=num_steps, initial=start, unit='step', desc='train')
+    bar = progress(total=num_steps, initial=start, unit='step', desc='train', disable=jax.process_index() > 0)
     for number, batch in zip(range(start, num_steps), batches, strict=True):
         state, metrics = step(state, batch, hyper(number))
         pending.append(metrics)
         jax.block_until_ready(pending[-1 - RUN_AHEAD:-RUN_AHEAD])
         done = number + 1
         bar.update()
-        if done % log_every and done not in stops:
+        stopping = stop(done) and done < num_steps
+        if done % log_every and done not in stops and not stopping:
             continue
         window = jax.device_get(pending)
         _must_be_finite(window, done, checkpoints)
@@ -207,8 +210,11 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
                       for metric, value in evaluate(done, state.params).items()}
             writer.write(done, scores)
             bar.write(f'step {done}: ' + describe(scores))
-        if done % save_every == 0 or done == num_steps:
+        if done % save_every == 0 or done == num_steps or stopping:
             checkpoints.save(done, state, scores)
+        if stopping:
+            checkpoints.wait()
+            raise Stopped(f'Told to stop: step {done} of {num_steps} is saved. Give the same command again to go on.')
         clock = time.monotonic()
     bar.close()
     checkpoints.wait()

@@ -20,6 +20,8 @@ from bert_jax import paths
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 
+# Where and how a run is computed, not what: these may change when it goes on.
+MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'model.encoder.unroll', 'model.encoder.remat')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tokenizers', 'sentencepiece')
 
 
@@ -34,7 +36,7 @@ def start(path: str, config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> epa
     if (workdir / 'config.json').exists():
         found = read_json(workdir / 'config.json')
         different = [f'{key} ({found_flat!r} there, {wanted!r} now)'
-                     for key, found_flat, wanted in _differences(found, described)]
+                     for key, found_flat, wanted in _differences(found, described) if key not in MACHINE]
         if different:
             raise UserError(f'{workdir} holds a run of another config; these keys differ: {", ".join(different)}. '
                             'Give the same config to resume it, or another --workdir.')

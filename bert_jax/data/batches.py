@@ -53,16 +53,24 @@ def thread_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterat
 STREAMS = {'tf': tf_stream, 'thread': thread_stream}
 
 
-def host_rows(batch_size: int) -> slice:
-    """This host's share of a global batch."""
-    share = batch_size // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+def host_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this host's devices hold, ascending."""
+    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places]))
+
+
+def share(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
+    """This host's rows of a batch that every host has whole."""
+    rows = host_rows(sharding, len(next(iter(batch.values()))))
+    return {name: value[rows] for name, value in batch.items()}
 
 
 def place(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """The host's rows as part of the global arrays on the mesh."""
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-            for name, value in batch.items()}
+    devices = sharding.num_devices
+    held = len(host_rows(sharding, devices))  # of a batch with a row a device
+    return {name: jax.make_array_from_process_local_data(
+        sharding, np.asarray(value), (len(value) * devices // held, *value.shape[1:])) for name, value in batch.items()}
 
 
 def placed_ahead(batches: Iterator[Batch], sharding: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:

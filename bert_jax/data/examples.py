@@ -58,7 +58,7 @@ class Examples:
         """Examples an epoch: those of epoch 0, whatever the draws of a later one (within about 0.1 %)."""
         return len(self.plan(0))
 
-    def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+    def batch(self, step: int, batch_size: int, rows: slice | np.ndarray = slice(None)) -> dict[str, np.ndarray]:
         """The `rows` of the global batch of one step; the same on any number of hosts."""
         numbers = step * batch_size + np.arange(batch_size)[rows]
         epochs = numbers // self.epoch_size

@@ -1,0 +1,167 @@
+"""Many processes, one program: how they find each other, agree, and stop together.
+
+A process is told of the others by --coordinator, --num_processes and --process_id, or by JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID; `--coordinator auto` asks the TPU's metadata, Slurm or Open MPI. Process 0 is the
+coordinator, alone prints and writes logs. When a process dies or hangs, the others end within HEARTBEAT_SECONDS.
+
+Exit codes: 0 finished; 2 something the user can put right; 75 stopped on request (SIGTERM, a preemption notice) with a
+checkpoint saved, or another process is gone: give the same command again.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from bert_jax import cli
+from bert_jax.cli import UserError
+
+JOIN_SECONDS = 300       # for all processes to appear
+HEARTBEAT_SECONDS = 60   # a process that is silent for so long is taken for dead
+GONE = re.compile('gloo|heartbeat|coordination|connection|unavailable|socket', re.IGNORECASE)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--coordinator and its like."""
+    group = parser.add_argument_group('many processes', 'one process a host; see docs/pods.md')
+    group.add_argument('--coordinator', metavar='HOST:PORT', default=os.environ.get('JAX_COORDINATOR_ADDRESS', ''),
+                       help='where process 0 listens; auto: from the TPU, Slurm or Open MPI (default: one process)')
+    group.add_argument('--num_processes', type=int, metavar='N', default=os.environ.get('JAX_NUM_PROCESSES'))
+    group.add_argument('--process_id', type=int, metavar='I', default=os.environ.get('JAX_PROCESS_ID'))
+    group.add_argument('--join_seconds', type=int, metavar='S', default=JOIN_SECONDS,
+                       help=f'how long to wait for the others at the start (default: {JOIN_SECONDS})')
+    group.add_argument('--heartbeat_seconds', type=int, metavar='S', default=HEARTBEAT_SECONDS,
+                       help=f'a process silent for so long is taken for dead (default: {HEARTBEAT_SECONDS})')
+
+
+def join(args: argparse.Namespace) -> None:
+    """Waits until all processes are there. Before JAX opens its backend; does nothing for one process.
+
+    Raises:
+      UserError: an address, number or id that cannot be, nobody at the address, processes missing.
+    """
+    if not args.coordinator:
+        if args.num_processes not in (None, 1) or args.process_id not in (None, 0):
+            raise UserError('--num_processes and --process_id need --coordinator HOST:PORT, or auto.')
+        return
+    known = {}
+    if args.coordinator != 'auto':
+        known = _check_address(args)
+    late = threading.Timer(args.join_seconds, _say_and_exit, (
+        f'Not all processes came together within {args.join_seconds} s (--coordinator {args.coordinator}): is the '
+        'same command running on every host, each with a --process_id of its own?', 2))
+    late.daemon = True
+    late.start()  # JAX itself would abort with a stack of C++
+    try:
+        jax.distributed.initialize(**known, initialization_timeout=args.join_seconds + 30,
+                                   heartbeat_timeout_seconds=args.heartbeat_seconds)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f'--coordinator {args.coordinator}: {cli.first_line(error)}') from error
+    late.cancel()
+    if jax.process_index():
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 - as long as the process lives
+
+
+def _check_address(args: argparse.Namespace) -> dict[str, str | int]:
+    host, _, port = args.coordinator.rpartition(':')
+    if not host or not port.isdigit():
+        raise UserError(f'--coordinator {args.coordinator}: HOST:PORT is expected, or auto.')
+    if args.num_processes is None or args.process_id is None:
+        raise UserError('--coordinator HOST:PORT needs --num_processes N and --process_id I.')
+    if not 0 <= args.process_id < args.num_processes:
+        raise UserError(f'--process_id {args.process_id}: 0 to {args.num_processes - 1} are expected, of '
+                        f'--num_processes {args.num_processes}.')
+    if args.process_id:
+        _wait_for(host, int(port), args.join_seconds)
+    return {'coordinator_address': args.coordinator, 'num_processes': args.num_processes,
+            'process_id': args.process_id}
+
+
+def _wait_for(host: str, port: int, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(f'No coordinator answers at {host}:{port} ({error.strerror or error}; tried for '
+                                f'{seconds} s): is process 0 running there, and is the port open?') from error
+        time.sleep(0.3)
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Refuses to go on when the processes do not say the same of any fact; all of them raise the same error.
+
+    Raises:
+      UserError: names each fact that differs, and two processes that disagree.
+    """
+    if jax.process_count() == 1:
+        return
+    everyone = [json.loads(text) for text in _gather(json.dumps(dict(facts)))]
+    different = []
+    for name in sorted(set().union(*everyone)):
+        said = [one.get(name, 'nothing') for one in everyone]
+        other = next((i for i, one in enumerate(said) if one != said[0]), None)
+        if other is not None:
+            different.append(f'{name} is {said[0]} on process 0, {said[other]} on process {other}')
+    if different:
+        raise UserError(f'The processes do not agree: {"; ".join(different)}.')
+
+
+def _gather(text: str) -> list[str]:
+    """What every process says, in their order."""
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(mine)))
+    padded = np.pad(mine, (0, int(sizes.max()) - len(mine)))
+    return [bytes(row[:size]).decode() for row, size in zip(multihost_utils.process_allgather(padded), sizes)]
+
+
+def code_version() -> str:
+    """A hash of the package's own source, and JAX's version."""
+    files = sorted(pathlib.Path(__file__).parent.rglob('*.py'))
+    source = hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
+    return f'{source[:12]} with jax {jax.__version__}'
+
+
+def stop_notice() -> Callable[[int], bool]:
+    """step -> whether to save and stop now: at the same step on all processes, once any of them was told to.
+
+    Told by SIGTERM, or by the notice that the cloud gives before it takes a machine away.
+    """
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    return lambda step: bool(told)
+
+
+@contextlib.contextmanager
+def exit_when_others_are_gone() -> Iterator[None]:
+    """Turns the error of a broken connection into one line and exit code 75, at once."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
+        if jax.process_count() == 1 or not GONE.search(str(error)):
+            raise
+        _say_and_exit(f'another process is gone ({cli.first_line(error)[:200]}). Give the same command again on all '
+                      'of them: it resumes.', cli.RESTART)
+
+
+def _say_and_exit(message: str, code: int) -> None:
+    """At once: the usual way out would wait for the missing."""
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    os._exit(code)

@@ -1,0 +1,149 @@
+"""Many real processes, each with its own folder, HOME and copy of the store; only the workdir is common.
+
+BERT_JAX_LONG_TESTS=1 adds 30 steps on 2 and 4 processes, in every combination of who saves and who resumes.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, expect_error
+
+DEVICES = 4
+LONG = bool(os.environ.get('BERT_JAX_LONG_TESTS'))
+SETTINGS = [*(one for one in TINY if not one.startswith(('--config.phases', '--config.log_every', '--config.save_every'))),
+            '--config.log_every=1', '--config.save_every=40', '--config.model.embeddings.dropout_rate=0.0']
+
+
+class Hosts:
+    """Starts `count` processes on one run; `wait` gives what became of each."""
+
+    def __init__(self, folder, store, work, count, *args, steps=40, **each):
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        self.processes = []
+        for i in range(count):
+            home = folder / f'host{count}{i}'
+            if not home.exists():
+                shutil.copytree(store, home / 'store')
+            command = [sys.executable, '-m', 'bert_jax.pretrain', '--config', ROOT / 'configs/pretrain.py:tiny', *SETTINGS,
+                       f'--config.store={home / "store"}', f'--config.phases=(({steps // 2},64,8),({steps // 2},96,8))', '--workdir', work,
+                       '--heartbeat_seconds', '10', '--join_seconds', '60', *args, *each.get(f'on_{i}', ())]
+            if count > 1:
+                command += ['--coordinator', f'127.0.0.1:{port}', '--num_processes', str(count), '--process_id', str(i)]
+            env = os.environ | {'PYTHONPATH': str(ROOT), 'HOME': str(home),
+                                'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES // count}'}
+            self.processes.append(subprocess.Popen(list(map(str, command)), cwd=home, env=env, text=True,
+                                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+
+    def wait(self):
+        return [subprocess.CompletedProcess((), p.wait(300), *p.communicate()) for p in self.processes]
+
+
+def log(work):
+    return [json.loads(line) for line in (work / 'log.jsonl').read_text().splitlines()]
+
+
+def wait_for_step(hosts, work, step):
+    end = time.monotonic() + 200
+    while not (work / 'log.jsonl').exists() or len(log(work)) < step:
+        assert time.monotonic() < end and any(p.poll() is None for p in hosts.processes), [p.stderr.read() for p in hosts.processes]
+        time.sleep(0.05)
+
+
+def assert_same_course(work, reference):
+    ours, theirs = log(work), log(reference)
+    assert [one['step'] for one in ours] == [one['step'] for one in theirs]
+    for one, other in zip(ours, theirs):
+        for name in other.keys() & one.keys():
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-5, err_msg=f'{name} at {other["step"]}')
+
+
+@pytest.fixture(scope='module')
+def reference(store_path, tmp_path_factory):
+    """One process, from beginning to end."""
+    folder = tmp_path_factory.mktemp('reference')
+    (done,) = Hosts(folder, store_path, folder / 'work', 1).wait()
+    assert done.returncode == 0, done.stderr
+    return folder / 'work'
+
+
+def test_two_processes_stop_at_one_step_and_one_goes_on(store_path, reference, tmp_path):
+    """SIGTERM to one of them; both save step n and say 75; the courses joined are the course of one process."""
+    hosts = Hosts(tmp_path, store_path, tmp_path / 'work', 2)
+    wait_for_step(hosts, tmp_path / 'work', 3)
+    hosts.processes[1].send_signal(signal.SIGTERM)
+    done = hosts.wait()
+    assert [one.returncode for one in done] == [75, 75], [one.stderr for one in done]
+    steps = sorted(p.name for p in (tmp_path / 'work' / 'checkpoints').iterdir())
+    assert len(steps) == 1 and 3 <= int(steps[0]) < 40
+    assert all(f'step {int(steps[0])} of 40 is saved' in one.stderr for one in done)
+    (done,) = Hosts(tmp_path, store_path, tmp_path / 'work', 1).wait()
+    assert done.returncode == 0 and f'resuming at step {int(steps[0])} of 40' in done.stdout, done.stderr
+    assert_same_course(tmp_path / 'work', reference)
+
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGSTOP])
+def test_the_others_end_when_one_dies_or_hangs(store_path, tmp_path, how):
+    hosts = Hosts(tmp_path, store_path, tmp_path / 'work', 2, steps=4000)
+    wait_for_step(hosts, tmp_path / 'work', 2)
+    start = time.monotonic()
+    hosts.processes[1].send_signal(how)
+    hosts.processes[0].wait(60)
+    took = time.monotonic() - start
+    hosts.processes[1].kill()
+    stderr = hosts.processes[0].stderr.read()
+    assert hosts.processes[0].returncode not in (0, 2) and took < 45, (took, stderr)
+    assert 'another process is gone' in stderr or 'detected fatal errors' in stderr, stderr
+
+
+def test_processes_that_disagree_are_told_what_about(store_path, tmp_path):
+    done = Hosts(tmp_path, store_path, tmp_path / 'work', 2, on_1=('--config.seed=7',)).wait()
+    for one in done:
+        expect_error(one, 'do not agree', 'config.seed is 0 on process 0, 7 on process 1')
+    shutil.rmtree(tmp_path / 'host21' / 'store')
+    for one in Hosts(tmp_path, store_path, tmp_path / 'work', 2).wait():
+        expect_error(one, 'the store is', 'on process 1', 'no finished store there')
+    assert not (tmp_path / 'work').exists()
+
+
+def test_nobody_at_the_address(store_path, tmp_path):
+    done = Hosts(tmp_path, store_path, tmp_path / 'work', 1, '--coordinator', '127.0.0.1:1', '--num_processes', 2, '--process_id', 1,
+                 '--join_seconds', 1).wait()[0]
+    expect_error(done, '127.0.0.1:1', 'No coordinator answers', 'tried for 1 s')
+    done = Hosts(tmp_path, store_path, tmp_path / 'work', 1, '--coordinator', f'127.0.0.1:{free_port()}', '--num_processes', 2,
+                 '--process_id', 0, '--join_seconds', 2).wait()[0]
+    expect_error(done, 'came together within 2 s', '--process_id of its own')
+    for args, words in ((('--coordinator', 'here'), 'HOST:PORT is expected'), (('--process_id', 3), 'need --coordinator'),
+                        (('--coordinator', 'a:1', '--num_processes', 2, '--process_id', 2), '0 to 1 are expected')):
+        expect_error(Hosts(tmp_path, store_path, tmp_path / 'work', 1, *args).wait()[0], words)
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.skipif(not LONG, reason='takes minutes; BERT_JAX_LONG_TESTS=1 runs it')
+@pytest.mark.parametrize('first, second', [*itertools.product((1, 2, 4), repeat=2)])
+def test_any_number_goes_on_from_any_other(store_path, reference, tmp_path, first, second):
+    hosts = Hosts(tmp_path, store_path, tmp_path / 'work', first)
+    wait_for_step(hosts, tmp_path / 'work', 10)
+    for process in hosts.processes:
+        process.send_signal(signal.SIGTERM)
+    done = hosts.wait()
+    assert [one.returncode for one in done] == [75] * first, [one.stderr for one in done]
+    done = Hosts(tmp_path, store_path, tmp_path / 'work', second).wait()
+    assert [one.returncode for one in done] == [0] * second, [one.stderr for one in done]
+    assert_same_course(tmp_path / 'work', reference)
