@@ -2,10 +2,7 @@
 
 import jax
 
-PEAK_TFLOPS = {  # bf16, a chip
-    'TPU v2': 45, 'TPU v3': 123, 'TPU v4': 275, 'TPU v5 lite': 197, 'TPU v5e': 197, 'TPU v5p': 459, 'TPU v5': 459,
-    'TPU v6 lite': 918, 'TPU v6e': 918, 'NVIDIA A100': 312, 'NVIDIA H100': 989, 'NVIDIA H200': 989,
-}
+from bert_jax import hardware
 
 
 def sequence_flops(*, num_layers: int, hidden_size: int, mlp_size: int, vocab_size: int, tokens: float,
@@ -30,6 +27,5 @@ def sequence_flops(*, num_layers: int, hidden_size: int, mlp_size: int, vocab_si
 
 def peak_flops() -> float | None:
     """The devices' bf16 peak in FLOP/s, all together; None where it is not known."""
-    kind = jax.devices()[0].device_kind
-    known = [tera for name, tera in PEAK_TFLOPS.items() if kind.startswith(name)]
-    return max(known) * 1e12 * jax.device_count() if known else None
+    known = hardware.of(jax.devices()[0])
+    return known.peak_tflops * 1e12 * jax.device_count() if known else None

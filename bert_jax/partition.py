@@ -1,25 +1,28 @@
 """Mesh and shardings: the only file that writes a PartitionSpec.
 
-Mesh axes: `data` splits the batch; `fsdp` splits the batch too, and every parameter's largest dimension;
-`tensor` splits heads, MLP and vocabulary.
+Mesh axes: `slice` splits the batch between TPU slices, which the data-centre's network joins; `data` splits it within a
+slice; `fsdp` splits the batch too, and every parameter's largest dimension; `tensor` splits heads, MLP and vocabulary.
 """
 
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bert_jax import hardware
 from bert_jax.cli import UserError
 
-AXES = ('data', 'fsdp', 'tensor')
-BATCH = ('data', 'fsdp')
+AXES = ('slice', 'data', 'fsdp', 'tensor')
+BATCH = ('slice', 'data', 'fsdp')
+STATE_SHARE = 0.6  # of a device's memory, that parameters, gradients and optimizer state may take unsplit
 LOGICAL_RULES = (  # activations: what the modules name -> mesh axes
     ('batch', BATCH), ('length', None), ('hidden', None), ('predictions', None), ('vocab', 'tensor'))
 TENSOR_RULES = (  # parameters: path -> the dimension that `tensor` splits, from the end
@@ -31,24 +34,46 @@ TENSOR_RULES = (  # parameters: path -> the dimension that `tensor` splits, from
 )
 
 
-def make_mesh(shape: tuple[int, ...]) -> Mesh:
-    """A mesh over all devices; shape gives the sizes of `data`, `fsdp`, `tensor`, one of which may be -1."""
-    devices = jax.device_count()
-    shape = list(shape)
-    if len(shape) != len(AXES):
-        raise UserError(f'mesh {tuple(shape)}: three sizes are expected, for {", ".join(AXES)}.')
-    if shape.count(-1) == 1:
-        rest = -math.prod(shape)
-        shape[shape.index(-1)] = devices // rest
-    if math.prod(shape) != devices or min(shape) < 1:
-        raise UserError(f'mesh {dict(zip(AXES, shape))} needs {math.prod(shape)} devices, there are {devices}; '
-                        'one size may be -1 for all that is left.')
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.Device] = ()) -> Mesh:
+    """The mesh over all devices.
+
+    Args:
+      shape: sizes of `data`, `fsdp` and `tensor` in each slice, one of which may be -1; () for the smallest `fsdp` with
+        which the state fits, 1 if possible, and the rest `data`.
+      state: a TrainState, or its shapes; for ().
+      devices: default: JAX's own.
+
+    Raises:
+      UserError: sizes that do not multiply up to the devices.
+    """
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices or jax.devices():
+        slices.setdefault(getattr(device, 'slice_index', None) or 0, []).append(device)
+    count, found = len(slices[0]), list(shape) or automatic_shape(state, slices[0])
+    if len(found) != len(AXES) - 1:
+        raise UserError(f'mesh {tuple(shape)}: three sizes are expected, for {", ".join(AXES[1:])}.')
+    if found.count(-1) == 1:
+        found[found.index(-1)] = count // -math.prod(found)
+    if math.prod(found) != count or min(found) < 1:
+        raise UserError(f'mesh {dict(zip(AXES[1:], found))} needs {math.prod(found)} devices, there are {count}'
+                        f'{" in each slice" * (len(slices) > 1)}; one size may be -1 for all that is left.')
+    grids = [mesh_utils.create_device_mesh(found, members) for _, members in sorted(slices.items())]
+    return Mesh(np.stack(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def automatic_shape(state: Any, devices: Sequence[jax.Device]) -> list[int]:
+    """Data-parallel, or with the smallest `fsdp` that leaves most of the memory to the rest of the step."""
+    memory = hardware.memory_bytes(devices[0])
+    if state is None or memory is None:
+        return [-1, 1, 1]
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((state, state.params)))  # and gradients
+    enough = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and size / n <= STATE_SHARE * memory]
+    return [-1, enough[0] if enough else len(devices), 1]
 
 
 def data_devices(mesh: Mesh) -> int:
     """Into how many parts the batch is cut."""
-    return mesh.shape['data'] * mesh.shape['fsdp']
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -70,8 +95,13 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """The sharding of every array of a state (parameters, optimizer state, step), by its path.
 
     Raises:
-      UserError: `tensor` does not divide a dimension it splits.
+      UserError: `tensor` does not divide a dimension it splits; a rule for it matches nothing.
     """
+    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    for pattern, _ in TENSOR_RULES:
+        if mesh.shape['tensor'] > 1 and not any(re.search(pattern, name) for name in names):
+            raise UserError(f'mesh with tensor = {mesh.shape["tensor"]}: the rule {pattern!r} matches no '
+                            'parameter of this model; give partition.TENSOR_RULES one that does, or tensor = 1.')
     return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh)), state)
 
 
@@ -87,8 +117,23 @@ def per_shard(params: Any, mesh: Mesh) -> Any:
         lambda path, leaf: NamedSharding(mesh, P(BATCH, *_spec(path, leaf, mesh, fsdp=False))), params)
 
 
+def describe(params: Any, mesh: Mesh) -> list[tuple[str, tuple[int, ...], str, int]]:
+    """(name, shape, how it is split, bytes a device) of every parameter."""
+    rows = []
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(params),
+                                      jax.tree.leaves(state_shardings(params, mesh))):
+        split = ', '.join(str(axis or '-') for axis in (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))))
+        size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        rows.append((_name(path), leaf.shape, split, size))
+    return rows
+
+
+def _name(path: tuple) -> str:
+    return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', '')))) for key in path)
+
+
 def _spec(path: tuple, leaf: Any, mesh: Mesh, fsdp: bool = True) -> P:
-    name = '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', '')))) for key in path)
+    name = _name(path)
     spec: list[str | None] = [None] * np.ndim(leaf)
     tensor, split = mesh.shape['tensor'], mesh.shape['fsdp']
     for pattern, dimension in TENSOR_RULES:

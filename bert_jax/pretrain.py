@@ -58,16 +58,18 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     set_vocab_size(config.model, data.tokenizer.vocab_size)
     with config.unlocked():
         config.store_hash = data.info['sha256']  # its path may differ from host to host
-    mesh = partition.make_mesh(config.mesh)
-    check(config, mesh)
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
+    check(config)
+    example = examples.empty(1, config.phases[0][1], config.mask_rate)
+    mesh = partition.make_mesh(config.mesh, train.state_shapes(model, tx, example))
+    check_batches(config, mesh)
     source = load_checkpoint(config, data.tokenizer) if config.init_from else None
     folder = workdir.start(path, config, data.tokenizer)
     phases = [Phase(*phase, first) for phase, first in zip(config.phases, _first_steps(config.phases))]
     streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length)
                for phase in phases}
 
-    state = train.make_init(model, tx, streams[phases[0].max_length].make(0, np.arange(1)), mesh)(config.seed)
+    state = train.make_init(model, tx, example, mesh)(config.seed)
     if source is not None:
         state = state.replace(params=checkpoint.warm_start(state.params, source))
         del source
@@ -147,17 +149,15 @@ def load_checkpoint(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Any:
     return source.params
 
 
-def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check(config: ConfigDict) -> None:
     """Refuses what would fail later, or run and mean nothing."""
     positions = config.model.embeddings.max_length
     if not config.phases or any(len(phase) != 3 for phase in config.phases):
         raise UserError('phases: ((steps, max_length, batch_size), ...) is expected.')
-    for _, length, size in config.phases:
+    for _, length, _ in config.phases:
         if length > positions:
             raise UserError(f'A phase of max_length {length} is longer than the position table '
                             f'(model.embeddings.max_length = {positions}).')
-        examples.check_batch_size(size, partition.data_devices(mesh), config.accumulation)
-    examples.check_batch_size(config.eval_batch_size, partition.data_devices(mesh), 1)
     choose('pipeline', batches.STREAMS, config.pipeline)
     choose('masking', masking.MASKINGS, config.masking)
     for key in ('save_every', 'eval_every'):
@@ -166,6 +166,13 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     if 'nsp' in config.model.targets and config.pairing == 'single':
         raise UserError('pairing=single makes no sentence pairs, but the target nsp needs them; '
                         'use configs/pretrain.py:SIZE,no_nsp.')
+
+
+def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses batches that the mesh cannot cut evenly."""
+    for _, _, size in config.phases:
+        examples.check_batch_size(size, partition.data_devices(mesh), config.accumulation)
+    examples.check_batch_size(config.eval_batch_size, partition.data_devices(mesh), 1)
 
 
 def make_examples(config: ConfigDict, split: store.Split, data: store.Store, seed: int, max_length: int

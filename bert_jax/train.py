@@ -46,14 +46,22 @@ def make_init(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, 
     `frozen` parts of the model ('embeddings', 'encoder', ...) have no optimizer state.
     """
 
-    def init(seed: jax.Array) -> TrainState:
-        params = model.init(jax.random.key(seed), batch, train=False)['params']
-        return TrainState(jnp.zeros([], jnp.int32), params, tx.init(_split(params, frozen)[0]))
-
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
-    shardings = partition.state_shardings(jax.eval_shape(init, np.uint32(0)), mesh)
-    jitted = jax.jit(init, out_shardings=shardings)
+    shardings = partition.state_shardings(state_shapes(model, tx, batch, frozen), mesh)
+    jitted = jax.jit(lambda seed: _fresh(model, tx, batch, jax.random.key(seed), frozen), out_shardings=shardings)
     return lambda seed: jitted(np.uint32(seed))
+
+
+def state_shapes(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, frozen: tuple[str, ...] = ()
+                 ) -> TrainState:
+    """The shapes of a state; `batch` may be shapes, too."""
+    return jax.eval_shape(lambda batch: _fresh(model, tx, batch, jax.random.key(0), frozen), batch)
+
+
+def _fresh(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, rng: jax.Array, frozen: tuple[str, ...]
+           ) -> TrainState:
+    params = model.init(rng, batch, train=False)['params']
+    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(_split(params, frozen)[0]))
 
 
 def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model: nn.Module,

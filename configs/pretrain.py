@@ -45,7 +45,7 @@ def get_config(arg='base'):
                               'clip_norm': 1.0, 'bias_correction': False})
     c.schedule = ConfigDict({'peak': 1e-4, 'warmup_steps': 10_000})
     c.accumulation = 1              # micro-batches an update
-    c.mesh = (-1, 1, 1)             # devices along data, fsdp, tensor; -1: all that are left
+    c.mesh = ()                     # devices along data, fsdp, tensor in each slice; (): data, and fsdp if need be
 
     c.log_every = 100
     c.eval_every = 10_000
@@ -67,5 +67,6 @@ def model(layers, width, heads, dropout_rate, max_length):
         'encoder': {'name': 'transformer', 'num_layers': num_layers, 'num_heads': heads, 'mlp_size': hidden_size * 4,
                     'activation': FieldReference('gelu_new'),  # the original's; 'gelu' (erf) is Hugging Face's
                     'dropout_rate': rate * 1.0, 'attention_dropout_rate': rate * 1.0,  # follow, unless given
-                    'layer_outputs': (), 'unroll': num_layers * 1},  # on pods 1: compiles faster
+                    'layer_outputs': (), 'unroll': num_layers * 1,  # on pods 1: compiles faster
+                    'remat': 'none'},  # 'dots', 'full': less memory, more work
     })

@@ -22,7 +22,7 @@ SETTINGS = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6, 'weight_decay': 0.01, 'clip_nor
 
 def run(shape, accumulation):
     devices = jax.devices()[:int(np.prod(shape))]
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), partition.AXES)
+    mesh = partition.make_mesh(shape, devices=devices)
     model = models.build('model.embeddings.dropout_rate=0.0', 'model.encoder.unroll=1')
     tx = optimizer.make_optimizer('adamw', **SETTINGS)
     made = [global_batch(i) for i in range(STEPS)]
@@ -40,7 +40,8 @@ def run(shape, accumulation):
         state, metrics = step(state, batches.place(batch, sharding), hyper)
         losses.append([float(metrics[k].total / metrics[k].count) for k in ('loss', 'mlm/loss', 'nsp/loss', 'mlm/accuracy')])
     params = np.concatenate([np.ravel(np.asarray(x)) for x in jax.tree.leaves(state.params)])
-    return {'losses': losses, 'params': params, 'per_device': per_device, 'reductions': reductions(text)}
+    gathers = re.findall(r'f32\[([\d,]*)\][^=]* all-gather', text)
+    return {'losses': losses, 'params': params, 'per_device': per_device, 'reductions': reductions(text), 'gathers': gathers}
 
 
 def global_batch(i):
@@ -69,7 +70,7 @@ def reductions(text):
 
 def dropout_rows():
     """Loss of each of 32 equal rows under dropout, on 8 devices, whole and in micro-batches, in two steps."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), partition.AXES)
+    mesh = partition.make_mesh((8, 1, 1))
     model = models.build('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1')
     one = {k: np.repeat(v[:1], 32, 0) for k, v in global_batch(0).items()}
     params = models.random_params(model, one)

@@ -111,6 +111,12 @@ def test_a_batch_is_a_pure_function_of_the_step(store):
         assert equal(a.batch(7, 8, rows), {k: v[rows] for k, v in whole.items()})
 
 
+@pytest.mark.parametrize('length', [64, 200])
+def test_an_empty_batch_has_the_names_shapes_and_types_of_a_real_one(store, length):
+    real, none = make(store, length).batch(0, 8), examples.empty(8, length, 0.15)
+    assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in none.items()}
+
+
 def test_epochs_are_whole_and_drawn_afresh(store):
     source = make(store)
     size = source.epoch_size

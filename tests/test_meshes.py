@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import jax
+import models
 import numpy as np
 import pytest
 from conftest import ROOT
+from mesh_check import SETTINGS
 
-from bert_jax import partition
+from bert_jax import optimizer, partition, train
 from bert_jax.cli import UserError
 
 
@@ -49,9 +51,53 @@ def test_gradients_are_reduced_once_a_step_and_never_inside_the_loop(results):
     assert gradient_elements <= sum(inside_outside['outside']) < gradient_elements + 100  # and a few counts
 
 
+def test_no_device_gathers_the_logits(results):
+    """[B, P, V]: 16 rows a device of 3 predictions over 128 entries, which `tensor` splits."""
+    shapes = [tuple(map(int, dims.split(','))) for dims in results['2 data x 2 fsdp x 2 tensor']['gathers'] if dims]
+    assert shapes and not any(np.prod(shape) >= 8 * 3 * 128 and shape[-1] == 128 for shape in shapes), shapes
+
+
 def test_dropout_differs_by_row_device_micro_batch_and_step(results):
     """32 equal rows on 8 devices, in one batch or in 4 micro-batches, over 2 steps: 64 different outcomes."""
     assert results['dropout_rows'] == {'1': [64, 64], '4': [64, 64]}
+
+
+def test_every_parameter_and_its_share_can_be_listed():
+    model, example = models.build(), models.batch()
+    state = train.state_shapes(model, optimizer.make_optimizer('adamw', **SETTINGS), example)
+    mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), partition.AXES)
+    rows = {name: (shape, split, size) for name, shape, split, size in partition.describe(state.params, mesh)}
+    assert rows['encoder/layers/attention/qkv/kernel'] == ((2, 32, 4, 3, 8), '-, fsdp, tensor, -, -', 2 * 32 * 4 * 3 * 8 * 4 // 4)
+    assert rows['embeddings/token'] == ((128, 32), 'tensor, fsdp', 128 * 32)
+    assert sum(size for *_, size in rows.values()) < 4 * sum(np.prod(shape) for shape, *_ in rows.values()) / 3
+
+
+def test_a_rule_that_matches_nothing_is_an_error(monkeypatch):
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 2), partition.AXES)
+    params = {'encoder': {'lstm': {'kernel': np.zeros((4, 4))}}}
+    with pytest.raises(UserError, match='tensor = 2.*attention.*matches no parameter'):
+        partition.state_shardings(params, mesh)
+
+
+class FakeDevice:
+    """What a mesh asks of a device."""
+
+    platform, process_index = 'tpu', 0
+
+    def __init__(self, number, slice_index, kind='TPU v5 lite'):
+        self.id, self.slice_index, self.device_kind = number, slice_index, kind
+        self.coords, self.core_on_chip = (number % 4, number // 4 % 2, 0), 0
+
+
+def test_slices_are_the_outermost_axis_and_fsdp_comes_when_the_state_does_not_fit():
+    devices = [FakeDevice(i, i // 8) for i in (*range(8, 16), *range(8))]
+    state = lambda size: train.TrainState(None, {'a': np.broadcast_to(np.float32(0), (size,))}, None)  # noqa: E731
+    assert partition.automatic_shape(state(10**6), devices[:8]) == [-1, 1, 1]
+    assert partition.automatic_shape(state(3 * 10**9), devices[:8]) == [-1, 4, 1]  # 24 GB of parameters and gradients
+    assert partition.automatic_shape(state(10**12), devices[:8]) == [-1, 8, 1]
+    mesh = partition.make_mesh((-1, 2, 2), devices=devices)
+    assert dict(mesh.shape) == {'slice': 2, 'data': 2, 'fsdp': 2, 'tensor': 2}
+    assert [{d.slice_index for d in part.ravel()} for part in mesh.devices] == [{0}, {1}]
 
 
 def test_make_mesh_says_what_does_not_fit():

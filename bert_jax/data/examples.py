@@ -119,6 +119,16 @@ def unmasked(tokens: np.ndarray, rows: np.ndarray, length: int, tokenizer: Token
     return batch, candidates
 
 
+def empty(batch_size: int, max_length: int, mask_rate: float) -> dict[str, np.ndarray]:
+    """Arrays of the names, shapes and types of a batch, that need no text and no memory."""
+    widths = dict.fromkeys(('input_ids', 'input_mask', 'segment_ids', 'position_ids'), max_length)
+    widths |= dict.fromkeys(('cls_positions', 'next_sentence_labels', 'next_sentence_weights'), 1)
+    predictions = masking.max_predictions(max_length, mask_rate)
+    widths |= dict.fromkeys(('masked_lm_positions', 'masked_lm_ids', 'masked_lm_weights'), predictions)
+    return {name: np.broadcast_to(np.zeros((), np.float32 if 'weights' in name else np.int32), (batch_size, width))
+            for name, width in widths.items()}
+
+
 def check_batch_size(batch_size: int, devices: int, accumulation: int) -> None:
     """Raises UserError when a batch cannot be cut evenly."""
     if batch_size < 1 or accumulation < 1 or batch_size % (devices * accumulation):

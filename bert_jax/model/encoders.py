@@ -5,6 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bert_jax.cli import choose
 from bert_jax.model.layers import Attention, Dropout, LayerNorm, Mlp
 
 
@@ -62,6 +63,7 @@ class Transformer(nn.Module):
       attention_dropout_rate: on the attention probabilities.
       layer_outputs: which of 'hidden', 'query', 'key', 'value' to keep of every layer.
       unroll: layers a step of the scan; N makes an unrolled program, the same but for rounding.
+      remat: a REMAT name: what the forward pass keeps for the backward pass, which computes the rest again.
       dtype: what is computed in.
     """
 
@@ -73,6 +75,7 @@ class Transformer(nn.Module):
     attention_dropout_rate: float
     layer_outputs: tuple[str, ...] = ()
     unroll: int = 1
+    remat: str = 'none'
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -80,7 +83,10 @@ class Transformer(nn.Module):
         """x [B, L, D], input_mask [B, L] (0 = padding, k = the row's k-th example) -> Encoded."""
         mask = batch['input_mask']
         mask = (mask[:, None, :, None] == mask[:, None, None, :]) & (mask[:, None, None, :] > 0)
-        stack = nn.scan(TransformerLayer, length=self.num_layers, unroll=self.unroll,
+        kept = choose('remat', REMAT, self.remat)
+        block = nn.remat(TransformerLayer, policy=kept, prevent_cse=self.unroll > 1, static_argnums=(3,)) if kept else (
+            TransformerLayer)
+        stack = nn.scan(block, length=self.num_layers, unroll=self.unroll,
                         variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
                         in_axes=(nn.broadcast, nn.broadcast))
         layer = stack(self.num_heads, self.mlp_size, self.activation, self.dropout_rate,
@@ -91,4 +97,9 @@ class Transformer(nn.Module):
         return Encoded(hidden, layers)
 
 
+REMAT = {
+    'none': None,                                                               # everything is kept
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,           # the outputs of dense layers
+    'full': jax.checkpoint_policies.nothing_saveable,                           # each layer's input alone
+}
 ENCODERS = {'transformer': Transformer}

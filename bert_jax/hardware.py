@@ -1,0 +1,53 @@
+"""What one device, as JAX counts them, can do at most: published figures, per core of a TPU v2 or v3, per chip else."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One device.
+
+    Attributes:
+      peak_tflops: bf16 products, 1e12 FLOP/s.
+      memory_gib: high-bandwidth memory that a program may use, 2^30 bytes.
+      memory_tb_s: its bandwidth, 1e12 bytes/s.
+      link_gb_s: between neighbours, all links together, one direction, 1e9 bytes/s.
+    """
+
+    peak_tflops: float
+    memory_gib: float
+    memory_tb_s: float
+    link_gb_s: float
+
+
+DEVICES = {  # the longest name that a device's kind begins with
+    'TPU v2': Device(22.5, 8, 0.35, 125),
+    'TPU v3': Device(61.5, 16, 0.45, 140),
+    'TPU v4': Device(275, 30.75, 1.2, 300),
+    'TPU v5 lite': Device(197, 15.75, 0.81, 200),
+    'TPU v5e': Device(197, 15.75, 0.81, 200),
+    'TPU v5': Device(459, 95.74, 2.8, 600),
+    'TPU v6 lite': Device(918, 31.25, 1.6, 448),
+    'TPU v6e': Device(918, 31.25, 1.6, 448),
+    'NVIDIA A100': Device(312, 80, 2.0, 300),
+    'NVIDIA H100': Device(989, 80, 3.35, 450),
+    'NVIDIA H200': Device(989, 141, 4.8, 450),
+}
+DATA_CENTRE_GB_S = 6.25  # a chip's share of its host's network between slices: 25 GB/s for four chips
+
+
+def of(device: jax.Device) -> Device | None:
+    """The figures of a device; None where they are not known."""
+    names = [name for name in DEVICES if device.device_kind.startswith(name)]
+    return DEVICES[max(names, key=len)] if names else None
+
+
+def memory_bytes(device: jax.Device) -> float | None:
+    """What a program may use of a device's memory; None on a CPU."""
+    known = of(device)
+    if known is not None:
+        return known.memory_gib * 2**30
+    stats = device.memory_stats() if device.platform != 'cpu' else None
+    return stats['bytes_limit'] if stats else None
