@@ -14,23 +14,25 @@ class Device:
       memory_gib: high-bandwidth memory that a program may use, 2^30 bytes.
       memory_tb_s: its bandwidth, 1e12 bytes/s.
       link_gb_s: between neighbours, all links together, one direction, 1e9 bytes/s.
+      clock_ghz: 1e9 cycles/s; 0 where the compiler gives none.
     """
 
     peak_tflops: float
     memory_gib: float
     memory_tb_s: float
     link_gb_s: float
+    clock_ghz: float = 0
 
 
 DEVICES = {  # the longest name that a device's kind begins with
-    'TPU v2': Device(22.5, 8, 0.35, 125),
-    'TPU v3': Device(61.5, 16, 0.45, 140),
-    'TPU v4': Device(275, 30.75, 1.2, 300),
-    'TPU v5 lite': Device(197, 15.75, 0.81, 200),
-    'TPU v5e': Device(197, 15.75, 0.81, 200),
-    'TPU v5': Device(459, 95.74, 2.8, 600),
-    'TPU v6 lite': Device(918, 31.25, 1.6, 448),
-    'TPU v6e': Device(918, 31.25, 1.6, 448),
+    'TPU v2': Device(22.5, 8, 0.35, 125, 0.7),
+    'TPU v3': Device(61.5, 16, 0.45, 140, 0.94),
+    'TPU v4': Device(275, 30.75, 1.2, 300, 1.05),
+    'TPU v5 lite': Device(197, 15.75, 0.81, 200, 1.5),
+    'TPU v5e': Device(197, 15.75, 0.81, 200, 1.5),
+    'TPU v5': Device(459, 95.74, 2.8, 600, 1.75),
+    'TPU v6 lite': Device(918, 31.25, 1.6, 448, 1.75),
+    'TPU v6e': Device(918, 31.25, 1.6, 448, 1.75),
     'NVIDIA A100': Device(312, 80, 2.0, 300),
     'NVIDIA H100': Device(989, 80, 3.35, 450),
     'NVIDIA H200': Device(989, 141, 4.8, 450),

@@ -1,0 +1,209 @@
+"""Compiles a training step for a TPU slice, without a TPU, and says what it would take: memory, traffic, time.
+
+    python -m bert_jax.compile_check --config configs/pods.py:large_v4_64
+    python -m bert_jax.compile_check --config configs/pretrain.py:base,bf16 --topology v5e:4x4 --tokens 100e9
+    python -m bert_jax.compile_check --config configs/pods.py:base_v5e_16 --search batch=32,64 remat=none,dots
+
+The real step with the real shardings goes through the real TPU compiler, once for each phase of the config. Memory
+and collectives are read from the compiled program. The time is an estimate: each fusion takes the longest of its
+products at the peak, its bytes at the memory's bandwidth, and the compiler's own count of cycles; loops count as often
+as they run; collectives that nothing hides are added. docs/pods.md has its error where the truth is known.
+
+Needs `pip install -r requirements-tpu.txt`; runs on any machine.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from bert_jax import cli, compiled, flops, hardware, partition, topology
+from bert_jax.cli import UserError
+from bert_jax.data import examples
+
+VOCAB_SIZE = 30522  # where the config leaves it to the tokenizer
+SEARCHED = ('batch', 'fsdp', 'tensor', 'remat', 'unroll', 'accumulation')
+
+
+def main() -> None:
+    """Command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument('--topology', metavar='NAME', default='', help='v5e:4x4, or by its name in the cloud, v5e-16 '
+                        '(default: the one in the config)')
+    parser.add_argument('--slices', type=int, metavar='N', default=0, help='slices joined by the data-centre network')
+    parser.add_argument('--tokens', type=float, metavar='N', default=0, help='also: hours and chip-hours for N tokens')
+    parser.add_argument('--search', nargs='+', metavar='KEY=V,V', default=(),
+                        help=f'compile every combination of {", ".join(SEARCHED)}; batch is that of a device')
+    parser.add_argument('--parameters', action='store_true', help="also: every parameter's sharding and bytes")
+    parser.add_argument('--output', metavar='FILE.json', help='also write the figures there')
+    parser.add_argument('--text', metavar='DIR', help='also write the compiled programs there')
+    args, config = cli.parse_with_config(parser)
+    found = check(config, args)
+    if args.output:
+        pathlib.Path(args.output).write_text(json.dumps(found, indent=1) + '\n')
+
+
+def check(config: ConfigDict, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compiles and prints; returns the figures of each phase or combination.
+
+    Raises:
+      UserError: no libtpu, an unknown topology, a mesh that does not fit it, a program that does not fit its memory.
+    """
+    name = args.topology or config.get('topology', '')
+    devices = topology.devices(name, args.slices or config.get('slices', 1))
+    if not config.model.embeddings.vocab_size:
+        config.model.embeddings.vocab_size = VOCAB_SIZE
+    if args.search:
+        return search(config, devices, args.search)
+    results = []
+    for steps, length, batch_size in config.phases:
+        result = measure(config, devices, length, batch_size, args.text)
+        show(result, args.parameters)
+        if args.tokens:
+            show_cost(result, args.tokens)
+        results.append(result | {'steps': steps})
+    return results
+
+
+def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_size: int, text: str | None = None
+            ) -> dict[str, Any]:
+    """All figures of one phase.
+
+    Raises:
+      UserError: it does not fit the memory; names the bytes and a setting that fits.
+    """
+    try:
+        step = compiled.compile_step(config, devices, length, batch_size)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise UserError(f'{_too_much(error)} {_what_fits(config, devices, length, batch_size)}') from error
+    if text:
+        pathlib.Path(text).mkdir(parents=True, exist_ok=True)
+        (pathlib.Path(text) / f'{length}.txt').write_text(step.compiled.as_text())
+    known, chips = hardware.of(devices[0]), len(devices)
+    estimate = compiled.estimate_step(step.program, known, step.mesh)
+    encoder, embeddings = config.model.encoder, config.model.embeddings
+    work = batch_size * flops.sequence_flops(
+        num_layers=encoder.num_layers, hidden_size=embeddings.hidden_size, mlp_size=encoder.mlp_size,
+        vocab_size=embeddings.vocab_size, tokens=length, squared_tokens=length**2,
+        predictions=examples.empty(1, length, config.mask_rate)['masked_lm_ids'].shape[1])
+    seconds = estimate['seconds']
+    return {
+        'device': devices[0].device_kind, 'devices': chips, 'mesh': dict(step.mesh.shape), 'length': length,
+        'batch_size': batch_size, 'compile_seconds': step.seconds, 'memory': compiled.memory(step, devices[0]),
+        'model_flops': work, 'program_flops': estimate.pop('flops') * chips, 'estimate': estimate,
+        'sequences_per_second': batch_size / seconds, 'mfu': work / seconds / (known.peak_tflops * 1e12 * chips),
+        'collectives': compiled.collectives(step), 'least_gradient_bytes': compiled.least_gradient_bytes(step),
+        'findings': compiled.findings(step, config, length, batch_size),
+        'parameters': [list(row) for row in partition.describe(step.state.params, step.mesh)]}
+
+
+def _too_much(error: Exception) -> str:
+    used = re.search(r'Used ([\d.]+\w+) of ([\d.]+\w+)', str(error))
+    return f'It needs {used.group(1)} of memory, there are {used.group(2)}.' if used else cli.first_line(error)
+
+
+def _what_fits(config: ConfigDict, devices: list[jax.Device], length: int, batch_size: int) -> str:
+    """The nearest setting that fits, found by compiling: more rematerialisation, then more micro-batches."""
+    tried = [{'remat': remat} for remat in ('dots', 'full')] + [
+        {'remat': 'full', 'accumulation': n} for n in (2, 4, 8, 16)]
+    for setting in tried:
+        changed = _changed(config, setting)
+        try:
+            compiled.compile_step(changed, devices, length, batch_size)
+        except (jax.errors.JaxRuntimeError, UserError):
+            continue
+        keys = {'remat': '--config.model.encoder.remat', 'accumulation': '--config.accumulation'}
+        return 'This fits: ' + ' '.join(f'{keys[key]}={value}' for key, value in setting.items()) + '.'
+    return ('Neither rematerialisation nor 16 micro-batches make it fit; split the state (--config.mesh, fsdp) or take '
+            'more chips.')
+
+
+def _changed(config: ConfigDict, setting: dict[str, Any]) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    for key, value in setting.items():
+        if key in ('remat', 'unroll'):
+            changed.model.encoder[key] = value
+        elif key == 'accumulation':
+            changed.accumulation = value
+    if 'fsdp' in setting or 'tensor' in setting:
+        with changed.unlocked():
+            changed.mesh = (-1, setting.get('fsdp', 1), setting.get('tensor', 1))
+    return changed
+
+
+def search(config: ConfigDict, devices: list[jax.Device], wanted: list[str]) -> list[dict[str, Any]]:
+    """Compiles every combination and prints them, fastest first."""
+    axes: dict[str, list[Any]] = {}
+    for one in wanted:
+        key, separator, values = one.partition('=')
+        if key not in SEARCHED or not separator:
+            raise UserError(f'--search {one}: KEY=V,V is expected, KEY one of {", ".join(SEARCHED)}.')
+        axes[key] = [int(value) if value.isdigit() else value for value in values.split(',')]
+    _, length, default = config.phases[0]
+    rows = []
+    for values in itertools.product(*axes.values()):
+        setting = dict(zip(axes, values))
+        size = setting['batch'] * len(devices) if 'batch' in setting else default
+        try:
+            found = measure(_changed(config, setting), devices, length, size)
+        except UserError as error:
+            print(f'{_words(setting)}: {error}', flush=True)
+            continue
+        rows.append(found | {'setting': setting})
+        print(f'{_words(setting)}: {found["sequences_per_second"]:,.0f} sequences/s, MFU {found["mfu"]:.1%}, '
+              f'{found["memory"]["total"] / 2**30:.1f} GiB, compiled in {found["compile_seconds"]:.0f} s', flush=True)
+    rows.sort(key=lambda row: -row['sequences_per_second'])
+    print('\nfastest first:')
+    for row in rows:
+        print(f'  {_words(row["setting"]):<44}{row["sequences_per_second"]:>10,.0f} sequences/s  '
+              f'MFU {row["mfu"]:6.1%}  {row["memory"]["total"] / 2**30:6.1f} GiB')
+    return rows
+
+
+def _words(setting: dict[str, Any]) -> str:
+    return ' '.join(f'{key}={value}' for key, value in setting.items())
+
+
+def show(result: dict[str, Any], parameters: bool) -> None:
+    """One phase for people."""
+    mesh = ' x '.join(f'{axis} {size}' for axis, size in result['mesh'].items() if size > 1) or 'one device'
+    used, parts = result['memory'], result['estimate']
+    print(f'{result["devices"]} x {result["device"]}, {mesh}; length {result["length"]}, batch '
+          f'{result["batch_size"]:,} ({result["batch_size"] / result["devices"]:g} a device); compiled in '
+          f'{result["compile_seconds"]:.0f} s')
+    sizes = ', '.join(f'{name} {used[name] / 2**30:.2f}'
+                      for name in ('parameters', 'optimizer', 'batch', 'temporaries', 'code'))
+    print(f'  memory a device, GiB: {sizes}; together {used["total"] / 2**30:.2f} of {used["available"] / 2**30:.2f}; '
+          f'the state is {"" if used["state_aliased"] else "NOT wholly "}updated in place')
+    print(f'  work a step: {result["model_flops"] / 1e12:,.1f} TFLOP by the formula, '
+          f'{result["program_flops"] / 1e12:,.1f} in the program')
+    times = ', '.join(f'{name} {parts[name] * 1e3:.1f}'
+                      for name in ('products', 'memory', 'on chip', 'collectives') if name in parts)
+    print(f'  estimated step: {parts["seconds"] * 1e3:.1f} ms ({times}; {parts["random bits"] * 1e3:.1f} of it random '
+          f'bits): {result["sequences_per_second"]:,.0f} sequences/s, MFU {result["mfu"]:.1%}')
+    for row in result['collectives'][:6]:
+        print(f'  {row["kind"]} over {row["axes"]}: {row["bytes"] / 1e6:,.1f} MB in {row["times"]} calls'
+              + (' inside loops' if row['in_loop'] else ''))
+    print(f'  least for the gradients: {result["least_gradient_bytes"] / 1e6:,.1f} MB')
+    for name, found in result['findings'].items():
+        print(f'  {name}: {"; ".join(found) if found else "none"}')
+    if parameters:
+        for name, shape, split, size in result['parameters']:
+            print(f'  {name:<44}{"x".join(map(str, shape)):<22}{split:<28}{size / 1e6:>9.2f} MB a device')
+
+
+def show_cost(result: dict[str, Any], tokens: float) -> None:
+    """Hours and chip-hours for so many tokens, padding counted as tokens."""
+    hours = tokens / (result['sequences_per_second'] * result['length']) / 3600
+    print(f'  {tokens:,.0f} tokens: {hours:,.1f} hours, {hours * result["devices"]:,.0f} chip-hours at this rate')
+
+
+if __name__ == '__main__':
+    cli.run(main)
