@@ -105,8 +105,12 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
 
 
 def _too_much(error: Exception) -> str:
-    used = re.search(r'Used ([\d.]+\w+) of ([\d.]+\w+)', str(error))
-    return f'It needs {used.group(1)} of memory, there are {used.group(2)}.' if used else cli.first_line(error)
+    text = str(error)
+    used = (re.search(r'Used ([\d.]+\w+) of ([\d.]+\w+)', text)
+            or re.search(r'required for HLO temporaries \(([\d.]+\w*)\) exceeds available \w+ \(([\d.]+\w*)\)', text))
+    if not used:
+        return cli.first_line(error)
+    return f'It needs {used.group(1)} of memory a device, there are {used.group(2)}.'
 
 
 def _what_fits(config: ConfigDict, devices: list[jax.Device], length: int, batch_size: int) -> str:
