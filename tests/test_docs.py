@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import ROOT, TINY, run_module
 
-ENTRY_POINTS = ('vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features', 'data.glue')
+ENTRY_POINTS = ('vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features', 'data.glue', 'compile_check')
 
 
 def blocks(path, language):

@@ -5,8 +5,9 @@ import ast
 from conftest import ROOT
 
 PACKAGE = ROOT / 'bert_jax'
-SMALL_ROOMS = {'cli', 'paths', 'metrics', 'optimizer', 'partition', 'checkpoint', 'flops', 'memory', 'tf_bundle', 'scores'}
-ENTRY_POINTS = {'vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features'}
+SMALL_ROOMS = {'cli', 'paths', 'metrics', 'optimizer', 'partition', 'checkpoint', 'flops', 'memory', 'tf_bundle', 'scores',
+               'hardware', 'hlo', 'topology', 'distributed'}
+ENTRY_POINTS = {'vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features', 'compile_check'}
 
 
 def imports(path):
