@@ -78,7 +78,7 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
             raise UserError(f'Override {override} has no value; write {override}=VALUE.')
         if key not in known:
             raise unknown('config key', key, known)
-    return _evaluate(path, overrides)
+    return _evaluate(path, list({one.partition('=')[0]: one for one in overrides}.values()))  # the last of each key
 
 
 def _evaluate(path: str, overrides: list[str]) -> ConfigDict:

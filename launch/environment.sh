@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv and installs a requirements file, once for each version of it.
 environment() {
   local requirements=$1 stamp

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# What launch/tpu.sh runs on each worker: setup | start STORE WORKDIR ARGS... | status | tail | stop.
+#
+# `start` copies the store to this disk and leaves a loop behind, which starts pretrain again whenever it asks for it (exit
+# code 75) or was killed by a signal, for all workers begin anew together; other codes are the end.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p run
+
+case ${1:-} in
+  setup)
+    . launch/environment.sh
+    environment requirements-tpu.txt
+    python -c 'import jax; print(jax.local_device_count(), "devices of", jax.devices()[0].device_kind)' ;;
+  start)
+    store=$2 workdir=$3
+    shift 3
+    local_store=$PWD/run/store
+    gcloud storage rsync --recursive "$store" "$local_store"
+    rm -f run/exit run/stopped
+    # shellcheck disable=SC2016  # the inner shell expands these
+    setsid nohup bash -c '
+      . launch/environment.sh
+      environment requirements-tpu.txt
+      code=0
+      for attempt in $(seq 100); do
+        [ ! -e run/stopped ] || break
+        code=0
+        python -m bert_jax.pretrain --coordinator auto "$@" >> run/log.txt 2>&1 &
+        echo $! > run/pid
+        wait $! || code=$?
+        echo "pretrain ended with code $code (attempt $attempt)" >> run/log.txt
+        [ $code = 75 ] || [ $code -ge 128 ] || break
+        sleep "${WORKER_PAUSE_SECONDS:-20}"
+      done
+      echo $code > run/exit' pretrain --workdir "$workdir" --config.store="$local_store" "$@" > /dev/null 2>&1 < /dev/null &
+    ;;
+  status)
+    if [ ! -e run/exit ]; then echo running
+    elif [ "$(cat run/exit)" = 0 ] || [ -e run/stopped ]; then echo finished
+    else echo "failed with code $(cat run/exit)"; fi ;;
+  tail) tail -n 20 run/log.txt ;;
+  stop)
+    touch run/stopped
+    kill -TERM "$(cat run/pid)" || true ;;
+  *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac

@@ -1,0 +1,176 @@
+"""launch/tpu.sh against a stand-in gcloud that knows the real one's flags; workers are folders with a stand-in python."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+PYTHON = '''#!/bin/bash
+echo "$@" >> python_calls
+[ "$1" = -m ] || exit 0
+trap 'exit 75' TERM
+codes=$(cat codes); code=${codes%% *}; echo "${codes#* }" > codes
+[ "$code" != wait ] || { while true; do sleep 0.1; done; }
+exit $code
+'''
+
+
+class Cloud:
+    """Two workers, a bucket with a store, and what gcloud was asked."""
+
+    def __init__(self, root):
+        self.root = root
+        (root / 'bin').mkdir()
+        (root / 'bin' / 'gcloud').symlink_to(ROOT / 'tests' / 'gcloud')
+        (root / 'bucket' / 'b' / 'store').mkdir(parents=True)
+        (root / 'bucket' / 'b' / 'store' / 'store.json').write_text('{}')
+        requirements = b''.join(path.read_bytes() for path in sorted(ROOT.glob('requirements*.txt')))
+        for number in (0, 1):
+            home = root / f'worker{number}' / 'bert_jax'
+            (home / '.venv' / 'bin').mkdir(parents=True)
+            (home / '.venv' / f'installed-{hashlib.sha256(requirements).hexdigest()[:16]}-requirements-tpu.txt').touch()
+            (home / '.venv' / 'bin' / 'python').write_text(PYTHON)
+            (home / '.venv' / 'bin' / 'python').chmod(0o755)
+        self.states('ACTIVE')
+        self.codes('0 0')
+
+    def states(self, *names):
+        (self.root / 'states').write_text('\n'.join(names))
+
+    def codes(self, codes):
+        for home in self.root.glob('worker*'):
+            (home / 'bert_jax' / 'codes').write_text(codes + '\n')
+
+    def __call__(self, *args):
+        env = os.environ | {'GCLOUD_ROOT': str(self.root), 'PATH': f'{self.root}/bin:{os.environ["PATH"]}', 'TPU_POLL_SECONDS': '0.2',
+                            'WORKER_PAUSE_SECONDS': '0.1', 'ZONE': 'us-west4-a', 'PROJECT': 'mine'}
+        return subprocess.run(['bash', 'launch/tpu.sh', *args], cwd=ROOT, env=env, text=True, capture_output=True, timeout=120)
+
+    def calls(self, command=''):
+        file = self.root / 'calls.jsonl'
+        made = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [call for call in made if not command or command in call]
+
+    def python(self, number):
+        return (self.root / f'worker{number}' / 'bert_jax' / 'python_calls').read_text()
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    yield Cloud(tmp_path)
+    for home in tmp_path.glob('worker*'):  # whatever still waits
+        subprocess.run(['bash', 'launch/worker.sh', 'stop'], cwd=home / 'bert_jax', capture_output=True)
+
+
+RUN = ('run', 'pod', '--store', 'gs://b/store', '--workdir', 'gs://b/run', '--', '--config', 'configs/pretrain.py:base', "--config.phases=((1, 2, 3),)")
+
+
+def test_shellcheck_has_nothing_to_say():
+    done = subprocess.run(['shellcheck', *map(str, sorted((ROOT / 'launch').glob('*.sh')))], text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize('args, flags', [
+    (('--type', 'v5litepod-16', '--spot'), {'--accelerator-type=v5litepod-16', '--runtime-version=v2-alpha-tpuv5-lite', '--node-id=pod', '--spot'}),
+    (('--type', 'v4-64', '--version', 'mine'), {'--accelerator-type=v4-64', '--runtime-version=mine', '--node-id=pod'}),
+    (('--type', 'v5litepod-256', '--slices', '2'), {'--accelerator-type=v5litepod-256', '--runtime-version=v2-alpha-tpuv5-lite',
+                                                    '--node-count=2', '--node-prefix=pod'})])
+def test_create(cloud, args, flags):
+    done = cloud('create', 'pod', *args)
+    assert done.returncode == 0, done.stderr
+    (call,) = cloud.calls()
+    assert call[:5] == ['compute', 'tpus', 'queued-resources', 'create', 'pod']
+    assert set(call[5:]) == flags | {'--zone=us-west4-a', '--project=mine'}
+
+
+def test_a_run_from_the_queue_to_the_end(cloud):
+    """Waits for the slice; code 75 and a signal start all again; 0 ends it."""
+    cloud.states('WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE')
+    cloud.codes('75 137 0')
+    done = cloud(*RUN)
+    assert done.returncode == 0, done.stderr
+    assert 'pod is PROVISIONING' in done.stderr and 'the run has finished: gs://b/run' in done.stderr
+    for number in (0, 1):
+        home = cloud.root / f'worker{number}' / 'bert_jax'
+        started = [line for line in cloud.python(number).splitlines() if 'bert_jax.pretrain' in line]
+        assert started == [f'-m bert_jax.pretrain --coordinator auto --workdir gs://b/run --config.store={home}/run/store --config '
+                           'configs/pretrain.py:base --config.phases=((1, 2, 3),)'] * 3
+        assert (home / 'run' / 'store' / 'store.json').exists() and (home / 'bert_jax' / 'pretrain.py').exists()
+        assert not list((home).glob('.git/*'))
+
+
+def test_a_slice_that_is_taken_away_is_asked_for_again(cloud):
+    cloud.states('ACTIVE', 'ACTIVE', 'SUSPENDED', 'WAITING_FOR_RESOURCES', 'ACTIVE')
+    cloud.codes('wait 0')
+    done = cloud(*RUN)
+    assert done.returncode == 0 and 'was taken away' in done.stderr, done.stderr
+    order = [call[3] for call in cloud.calls() if call[3] in ('create', 'delete')]
+    assert order == ['delete', 'create']
+    (create,) = cloud.calls('create')
+    assert {'--spot', '--accelerator-type=v5litepod-16', '--runtime-version=v2-alpha-tpuv5-lite'} <= set(create)
+
+
+def test_a_run_that_fails_says_so_with_its_last_lines(cloud):
+    cloud.codes('2 0')
+    done = cloud(*RUN)
+    assert done.returncode == 2 and 'the run failed on a worker' in done.stderr
+    assert 'pretrain ended with code 2' in done.stdout
+
+
+def test_stop_lets_the_run_save_and_does_not_start_it_again(cloud):
+    cloud.codes('wait 0')
+    assert cloud(*RUN[:2], '--detach', *RUN[2:]).returncode == 0
+    done = cloud('stop', 'pod')
+    assert done.returncode == 0, done.stderr
+    for _ in range(100):
+        said = subprocess.run(['bash', 'launch/worker.sh', 'status'], cwd=cloud.root / 'worker0' / 'bert_jax', text=True, capture_output=True)
+        if said.stdout != 'running\n':
+            break
+        subprocess.run(['sleep', '0.1'])
+    assert said.stdout == 'finished\n'
+    assert cloud.python(0).count('bert_jax.pretrain') == 1
+
+
+@pytest.mark.parametrize('fail, words', [
+    ('create RESOURCE_EXHAUSTED: Quota limit', ('did not take the request', 'Quota limit')),
+    ('scp Connection timed out', ('did not reach every worker', 'Connection timed out')),
+    ('ssh worker 1: lost', ('the installation failed', 'worker 1: lost')),
+    ('describe NOT_FOUND', ('cannot describe', 'NOT_FOUND'))])
+def test_what_gcloud_refuses_ends_with_a_reason(cloud, fail, words):
+    (cloud.root / 'fail').write_text(fail)
+    done = cloud('create', 'pod', '--type', 'v4-64') if fail.startswith('create') else cloud(*RUN)
+    assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
+
+
+def test_dry_run_prints_every_call_and_makes_none(cloud):
+    done = cloud(*RUN[:2], '--dry_run', *RUN[2:])
+    assert done.returncode == 0 and not cloud.calls(), done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[4] for line in lines] == ['describe', 'scp', 'ssh', 'ssh']
+    assert '--node=all --worker=all' in lines[-1] and 'worker.sh' in lines[-1] and '--zone=us-west4-a' in lines[-1]
+    for action, command in (('create', 'create'), ('logs', 'ssh'), ('stop', 'ssh'), ('delete', 'delete'), ('ssh', 'ssh')):
+        done = cloud(action, 'pod', '--dry_run', *(('--type', 'v4-64') if action == 'create' else ()))
+        assert f' {command} pod ' in done.stdout and not cloud.calls(), done.stderr
+
+
+@pytest.mark.parametrize('args, words', [
+    (('create', 'pod'), 'create needs --type'), (('create',), "needs the slice's NAME"), (('make', 'pod'), 'unknown action make'),
+    (('run', 'pod', '--store', 'gs://b/s'), 'run needs --store'), (('run', 'pod', '--spots'), 'unknown option --spots'),
+    (('run', 'pod', '--store', 'a', '--workdir', 'b'), 'arguments after --'), (('create', 'pod', '--slices', 'x'), 'a number is expected'),
+    (('create', 'pod', '--type'), '--type needs a value')])
+def test_bad_arguments(cloud, args, words):
+    done = cloud(*args)
+    assert done.returncode == 2 and words in done.stderr and not cloud.calls()
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_stand_in_rejects_what_gcloud_would(cloud):
+    env = os.environ | {'GCLOUD_ROOT': str(cloud.root)}
+    for args in (('create', 'a', '--accelerator-type=v4-8', '--runtime-version=x', '--node-id=a', '--preemptible'), ('create', 'a'), ('destroy', 'a')):
+        done = subprocess.run([shutil.which('python3'), ROOT / 'tests' / 'gcloud', 'compute', 'tpus', 'queued-resources', *args], env=env,
+                              text=True, capture_output=True)
+        assert done.returncode == 1 and 'ERROR' in done.stderr
