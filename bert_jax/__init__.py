@@ -4,7 +4,9 @@
     model('Paris is the [MASK] of France.')
 """
 
+import hashlib
 import os
+import pathlib
 from importlib import metadata
 
 
@@ -20,7 +22,18 @@ def _avoid_wrong_numbers_on_cpu() -> None:
         os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
 
 
+def _keep_compiled_programs() -> None:
+    """Compiles a program once for all runs on this kind of processor; JAX_COMPILATION_CACHE_DIR moves them."""
+    processor = pathlib.Path('/proc/cpuinfo')
+    about = processor.read_text().splitlines() if processor.exists() else []
+    features = next((line for line in about if line.startswith(('flags', 'Features'))), '')
+    kind = hashlib.sha256(features.encode()).hexdigest()[:8]
+    home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(home / 'bert_jax' / f'xla-{kind}'))
+
+
 _avoid_wrong_numbers_on_cpu()
+_keep_compiled_programs()
 
 
 def load(path: str):  # noqa: ANN201 - the annotation would import JAX here

@@ -26,6 +26,7 @@ from bert_jax import (
     partition,
     plots,
     pretrained,
+    startup,
     train,
     workdir,
 )
@@ -53,7 +54,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
       UserError: a config that cannot run; a workdir of another run; a loss that is not finite.
       Stopped: told to stop; a checkpoint is saved.
     """
-    stop = distributed.stop_notice()
+    clock, stop = startup.Startup(), distributed.stop_notice()
     data = load_store(config)
     set_vocab_size(config.model, data.tokenizer.vocab_size)
     with config.unlocked():
@@ -69,26 +70,29 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length)
                for phase in phases}
 
+    clock.done('data')
     state = train.make_init(model, tx, example, mesh)(config.seed)
     if source is not None:
         state = state.replace(params=checkpoint.warm_start(state.params, source))
         del source
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
     state = checkpoints.resume(state)
+    clock.done('restore')
     start, num_steps = int(state.step), phases[-1].stop
     if start:
         print(f'{path}: resuming at step {start} of {num_steps}.')
     step = train.make_train_step(model, tx, mesh, config.accumulation, state)
+    step = clock.first(step)
     rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
-    evaluator = make_evaluator(config, data, model, mesh, phases)
+    evaluators = {'held_out': make_evaluator(config, data, model, mesh, phases)} if config.eval_examples else {}
     sharding = partition.batch_sharding(mesh)
     placed = batches.placed_ahead(phase_batches(config, phases, streams, start, sharding), sharding)
     train.fit(
         state, step, placed,
         num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
-        save_every=config.save_every, eval_every=config.eval_every, evaluators={'held_out': evaluator},
+        save_every=config.save_every, eval_every=config.eval_every, evaluators=evaluators,
         checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases), stop=stop,
         rates=functools.partial(rates, config, phases))
     writer.close()
@@ -214,9 +218,8 @@ def make_evaluator(config: ConfigDict, data: store.Store, model: models.Model, m
         made, unigram = held_out(phase_at(phases, step - 1).max_length)
         return evaluate.evaluate(loss_step, params, made, mesh) | unigram
 
-    if config.eval_examples:
-        for phase in phases:
-            held_out(phase.max_length)  # what is wrong with the held-out side is said now, not hours later
+    for phase in phases:
+        held_out(phase.max_length)  # what is wrong with the held-out side is said now, not hours later
     return evaluator
 
 

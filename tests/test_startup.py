@@ -1,0 +1,37 @@
+"""What a start spends its time with, and the cache that makes the next one shorter."""
+
+import os
+import pathlib
+
+from conftest import TINY, run_module
+
+from bert_jax import startup
+
+
+def test_the_second_start_compiles_nothing_again(store_path, tmp_path):
+    compile_seconds = []
+    for work in ('first', 'second'):
+        env = {'XDG_CACHE_HOME': str(tmp_path / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+        done = run_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / work,
+                          *TINY, '--config.phases=((2,48,8),)', '--config.log_every=1', '--config.eval_examples=0', '--config.save_every=2',
+                          env=env | {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache' / 'bert_jax')})
+        assert done.returncode == 0, done.stderr
+        (line,) = [one for one in done.stdout.splitlines() if one.startswith('first step after')]
+        parts = dict(part.rsplit(' ', 1) for part in line.partition(': ')[2].split(', '))
+        assert list(parts) == ['import', 'data', 'compile', 'restore', 'first step']
+        compile_seconds.append(float(parts['compile']))
+    assert compile_seconds[1] < 0.6 * compile_seconds[0], compile_seconds
+
+
+def test_programs_are_kept_beside_the_users_other_caches():
+    code = 'import os, bert_jax; print(os.environ["JAX_COMPILATION_CACHE_DIR"])'
+    import subprocess
+    import sys
+
+    env = {key: value for key, value in os.environ.items() if key != 'JAX_COMPILATION_CACHE_DIR'} | {'XDG_CACHE_HOME': '/cache'}
+    done = subprocess.run([sys.executable, '-c', code], env=env, text=True, capture_output=True, cwd=pathlib.Path(__file__).parent.parent)
+    assert done.stdout.startswith('/cache/bert_jax/xla-'), done.stderr
+
+
+def test_the_clock_began_with_the_process():
+    assert 0 < startup.Startup().parts['import'] < 10_000
