@@ -131,16 +131,29 @@ class Program:
         return sum(array.bytes for array in (*reads, *instruction.arrays) if not array.on_chip)
 
     def _read(self, inside: str, number: int, array: Array) -> int:
+        """Bytes that a fusion reads of its operand `number`."""
         if array.on_chip:
             return 0
         body = self.computations[inside]
         name = next((i.name for i in body.values() if i.opcode == 'parameter' and i.operands == (str(number),)), '')
-        users = [i for i in body.values() if name in i.operands]
-        if users and all(i.opcode in ('dynamic-slice', 'gather', 'slice') and i.operands[0] == name for i in users):
-            return sum(i.arrays[0].bytes for i in users)
-        if users and all(i.opcode == 'dynamic-update-slice' and i.operands[0] == name for i in users):
-            return 0
-        return array.bytes
+        return min(array.bytes, self._used(inside, name, array))
+
+    def _used(self, inside: str, name: str, array: Array) -> int:
+        size = 0
+        for user in (i for i in self.computations[inside].values() if name in i.operands):
+            first = user.operands[0] == name
+            if user.opcode in ('dynamic-slice', 'gather', 'slice') and first:
+                size += user.arrays[0].bytes
+            elif user.opcode == 'dynamic-update-slice' and first:
+                continue
+            elif user.opcode == 'bitcast':
+                size += self._used(inside, user.name, array)
+            elif user.opcode == 'fusion':
+                called = user.attribute(r'calls=%?([\w.\-]+)')
+                size += sum(self._read(called, at, array) for at, one in enumerate(user.operands) if one == name)
+            else:
+                return array.bytes
+        return size
 
     def _written(self, inside: str, instruction: Instruction) -> int:
         body = self.computations[inside]

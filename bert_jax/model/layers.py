@@ -155,6 +155,25 @@ class Dropout(nn.Module):
         return jnp.where(keep, x * (1 / (1 - self.rate)), jnp.zeros_like(x))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _softmax(scores: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32 scores [B, H, L, L] -> probabilities as `dtype`, which are all that is kept for the backward pass."""
+    return jax.nn.softmax(scores).astype(dtype)
+
+
+def _softmax_forward(scores: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    weights = _softmax(scores, dtype)
+    return weights, weights
+
+
+def _softmax_backward(dtype: jnp.dtype, weights: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    weights, grad = weights.astype(jnp.float32), grad.astype(jnp.float32)
+    return (weights * (grad - jnp.sum(weights * grad, -1, keepdims=True)),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each example of a row.
 
@@ -178,7 +197,7 @@ class Attention(nn.Module):
         scores = jnp.einsum('BqHK,BkHK->BHqk', query * heads[1] ** -0.5, key,
                             preferred_element_type=jnp.float32)
         scores = jnp.where(mask, scores, -1e9)
-        weights = jax.nn.softmax(scores).astype(self.dtype)                # [B, H, L, L]
+        weights = _softmax(scores, self.dtype)                             # [B, H, L, L]
         weights = Dropout(self.attention_dropout_rate)(weights, train=train)
         mixed = jnp.einsum('BHqk,BkHK->BqHK', weights, value)
         out = Dense((width,), self.dtype, inputs=2, name='out')(mixed)
