@@ -95,4 +95,6 @@ def test_configs_say_what_they_are_and_load():
     for arg in ('tiny', 'mini', 'small', 'medium', 'base', 'large', 'base,no_nsp', 'large,whole_word,bf16'):
         config = cli.load_config(str(ROOT / 'configs/pretrain.py') + ':' + arg, ['--config.seed=3'])
         assert config.seed == 3 and config.model.encoder.mlp_size == 4 * config.model.embeddings.hidden_size
+    twice = cli.load_config(str(ROOT / 'configs/pretrain.py:tiny'), ['--config.phases=((1,2,3),)', '--config.phases=((4,5,6),)'])
+    assert twice.phases == ((4, 5, 6),)  # the last word counts
     assert pathlib.Path(ROOT / 'LICENSE').read_text().strip().startswith('Apache License')
