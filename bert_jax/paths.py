@@ -12,6 +12,17 @@ from etils import epath
 from bert_jax.cli import UserError
 
 
+def _keep_no_listings() -> None:
+    """A bucket is listed anew each time: tensorstore writes to it too, and what fsspec remembers may be gone."""
+    with contextlib.suppress(ImportError):
+        import fsspec.config
+
+        fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
+
+
+_keep_no_listings()
+
+
 def is_remote(path: epath.Path) -> bool:
     """True for gs:// and its like: a write is atomic there, but nothing can be appended or renamed in place."""
     return '://' in str(path)

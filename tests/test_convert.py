@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -262,7 +263,7 @@ def test_tokenizers_of_hugging_face_folders_equal_ours(vocab, sentencepiece_voca
         assert theirs.mask_token_id == ours.mask_id and theirs.model_max_length == 128
         for line in lines:
             ids = theirs(line, add_special_tokens=False)['input_ids']
-            if '*' * 8 in line or '-' * 8 in line:  # pieces of equal score in any order
+            if re.search(r'([^\w\s])\1{7}', line):  # pieces of equal score in any order
                 ids, line = sorted(ids), sorted(ours.encode(line))
                 assert ids == line
                 continue
@@ -440,8 +441,8 @@ def test_fine_tuning_and_prediction_start_from_hugging_face_and_tf1(hf, tmp_path
     (tmp_path / 'rows.csv').write_text('text,label\n' + '\n'.join(rows) + '\n')
     for source in (hf, tf1_folder(tmp_path / 'tf1', original())):
         done = run_module('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={source}',
-                          f'--config.task.train_file={tmp_path / "rows.csv"}', '--config.max_length=16', '--config.batch_size=8',
-                          '--config.epochs=2', '--workdir', tmp_path / f'{source.name}_tuned')
+                          f'--config.task.train_file={tmp_path / "rows.csv"}', '--config.max_length=16', '--config.num_lengths=1',
+                          '--config.batch_size=8', '--config.epochs=2', '--workdir', tmp_path / f'{source.name}_tuned')
         assert done.returncode == 0, done.stderr
         convert.convert(str(tmp_path / f'{source.name}_tuned'), str(tmp_path / f'{source.name}_out'), 'hf')
         pipe = transformers.pipeline('text-classification', str(tmp_path / f'{source.name}_out'), top_k=None)

@@ -1,6 +1,6 @@
 """Many real processes, each with its own folder, HOME and copy of the store; only the workdir is common.
 
-BERT_JAX_LONG_TESTS=1 adds 30 steps on 2 and 4 processes, in every combination of who saves and who resumes.
+BERT_JAX_LONG_TESTS=1 adds 4 processes, every combination of who saves and who resumes, and a process that hangs.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Hosts:
             if not home.exists():
                 shutil.copytree(store, home / 'store')
             command = [sys.executable, '-m', 'bert_jax.pretrain', '--config', ROOT / 'configs/pretrain.py:tiny', *SETTINGS,
-                       f'--config.store={home / "store"}', f'--config.phases=(({steps // 2},64,8),({steps // 2},96,8))', '--workdir', work,
+                       f'--config.store={home / "store"}', f'--config.phases=(({steps},64,8),)', '--workdir', work,
                        '--heartbeat_seconds', '10', '--join_seconds', '60', *args, *each.get(f'on_{i}', ())]
             if count > 1:
                 command += ['--coordinator', f'127.0.0.1:{port}', '--num_processes', str(count), '--process_id', str(i)]
@@ -93,7 +93,7 @@ def test_two_processes_stop_at_one_step_and_one_goes_on(store_path, reference, t
     assert_same_course(tmp_path / 'work', reference)
 
 
-@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize('how', [signal.SIGKILL, *([signal.SIGSTOP] if LONG else [])])
 def test_the_others_end_when_one_dies_or_hangs(store_path, tmp_path, how):
     hosts = Hosts(tmp_path, store_path, tmp_path / 'work', 2, steps=4000)
     wait_for_step(hosts, tmp_path / 'work', 2)
@@ -104,7 +104,7 @@ def test_the_others_end_when_one_dies_or_hangs(store_path, tmp_path, how):
     hosts.processes[1].kill()
     stderr = hosts.processes[0].stderr.read()
     assert hosts.processes[0].returncode not in (0, 2) and took < 45, (took, stderr)
-    assert 'another process is gone' in stderr or 'detected fatal errors' in stderr, stderr
+    assert any(words in stderr for words in ('another process is gone', 'detected fatal errors', 'gloo::')), stderr
 
 
 def test_processes_that_disagree_are_told_what_about(store_path, tmp_path):

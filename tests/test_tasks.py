@@ -100,7 +100,7 @@ def model(tmp_path_factory):
 
 def config(name, model, settings, *overrides):
     c = cli.load_config(f'configs/finetune.py:{name}', [
-        f'--config.init_from={model}', '--config.max_length=32', '--config.batch_size=8', '--config.dropout_rate=0.0',
+        f'--config.init_from={model}', '--config.max_length=32', '--config.num_lengths=1', '--config.batch_size=8', '--config.dropout_rate=0.0',
         '--config.schedule.peak=2e-3', '--config.log_every=20', *(f'--config.{o}' for o in overrides)])
     with c.unlocked():
         c.task.update(settings)
