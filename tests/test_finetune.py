@@ -10,7 +10,7 @@ import sklearn.metrics
 from conftest import expect_error, run_module
 
 import bert_jax
-from bert_jax import cli, finetune, scores
+from bert_jax import cli, convert, finetune, pretrained, scores
 from bert_jax.cli import UserError
 from bert_jax.data import tables, tasks, texts, tokenizer
 from bert_jax.data.task import Task
@@ -108,11 +108,15 @@ def test_predicting_classes_from_arguments_files_and_python(tuned, tmp_path):
     assert model([]) == []
 
 
-def test_prediction_reads_as_much_as_fine_tuning_did(tuned):
-    """A text longer than max_length is cut where it was cut then."""
-    model = bert_jax.load(str(tuned[0]))
-    text = ' '.join(WORDS['spam'].split() * 30)
-    assert model(text)['scores'] == model(text + ' import module package name' * 5)['scores']
+def test_prediction_reads_as_much_as_fine_tuning_did(tuned, tmp_path):
+    """A text longer than max_length is cut where it was cut then, also in a converted workdir."""
+    convert.convert(str(tuned[0]), str(tmp_path / 'copy'), 'workdir')
+    for work in (tuned[0], tmp_path / 'copy'):
+        model = bert_jax.load(str(work))
+        text = ' '.join(WORDS['spam'].split() * 30)
+        assert model(text)['scores'] == model(text + ' import module package name' * 5)['scores']
+        source = pretrained.load(str(work))
+        assert source.about['config']['max_length'] == 32 and source.about['scores']['dev/accuracy'] > 0.9
 
 
 def test_filling_masks(pretrained, tmp_path):
