@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -145,7 +146,13 @@ def stop_notice() -> Callable[[int], bool]:
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point
     told = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+
+    def listen(*_: Any) -> None:
+        told.append(True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+
+    if threading.current_thread() is threading.main_thread():  # Python allows no other to listen
+        signal.signal(signal.SIGTERM, listen)
     return lambda step: bool(told)
 
 

@@ -147,3 +147,14 @@ def test_any_number_goes_on_from_any_other(store_path, reference, tmp_path, firs
     done = Hosts(tmp_path, store_path, tmp_path / 'work', second).wait()
     assert [one.returncode for one in done] == [0] * second, [one.stderr for one in done]
     assert_same_course(tmp_path / 'work', reference)
+
+
+def test_one_process_told_to_stop_saves_and_goes_on(store_path, reference, tmp_path):
+    hosts = Hosts(tmp_path, store_path, tmp_path / 'work', 1)
+    wait_for_step(hosts, tmp_path / 'work', 3)
+    hosts.processes[0].send_signal(signal.SIGTERM)
+    (done,) = hosts.wait()
+    assert done.returncode == 75 and 'Give the same command again to go on' in done.stderr
+    (done,) = Hosts(tmp_path, store_path, tmp_path / 'work', 1).wait()
+    assert done.returncode == 0, done.stderr
+    assert_same_course(tmp_path / 'work', reference)
