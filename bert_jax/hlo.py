@@ -104,16 +104,6 @@ class Program:
         inside = instruction.attribute(r'calls=%?([\w.\-]+)') if instruction.opcode == 'fusion' else ''
         return sum(self.flops(inside, inner) for inner in self.computations.get(inside, ()))
 
-    def products(self, computation: str, name: str) -> Iterator[tuple[Instruction, list[Array]]]:
-        """The products in an instruction, and what each multiplies."""
-        instruction = self.computations[computation][name]
-        if instruction.opcode in ('dot', 'convolution'):
-            yield instruction, self.inputs(computation, instruction)
-        elif instruction.opcode == 'fusion':
-            inside = instruction.attribute(r'calls=%?([\w.\-]+)')
-            for inner in self.computations[inside]:
-                yield from self.products(inside, inner)
-
     def inputs(self, computation: str, instruction: Instruction) -> list[Array]:
         """The arrays that an instruction reads."""
         known = self.computations[computation]
