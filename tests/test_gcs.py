@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import ROOT, TINY
@@ -41,6 +42,13 @@ def bucket():
     objects.download = download
     import gcp_storage_emulator.server  # takes `download` when imported
 
+    handle, one_at_a_time = gcp_storage_emulator.server.Router.handle, threading.Lock()
+
+    def in_turn(router, method):  # its tables are plain dictionaries, which two requests must not change at once
+        with one_at_a_time:
+            handle(router, method)
+
+    gcp_storage_emulator.server.Router.handle = in_turn
     gcp_storage_emulator.server.server.HTTPServer = http.server.ThreadingHTTPServer
     server = gcp_storage_emulator.server.create_server('localhost', PORT, in_memory=True, default_bucket='bucket')
     server.start()
