@@ -249,6 +249,9 @@ def rates(config: ConfigDict, phases: list[Phase], step: int, values: dict[str, 
 
 def print_results(path: str, results: dict[str, float]) -> None:
     """A short table for people."""
+    if not results:
+        print(f'{path}: done, without a held-out evaluation (--config.eval_examples=0).')
+        return
     print(f'{path}: held-out results at the last step (curves.png, results.json, tensorboard/)')
     for name, value in results.items():
         print(f'  {name:<32}{value:10.4f}')
