@@ -86,18 +86,19 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
     known, chips = hardware.of(devices[0]), len(devices)
     estimate = compiled.estimate_step(step.program, known, step.mesh)
     encoder, embeddings = config.model.encoder, config.model.embeddings
+    row = length * max(1, config.packed)  # full, with examples of full length: what the program is made for
     work = batch_size * flops.sequence_flops(
         num_layers=encoder.num_layers, hidden_size=embeddings.hidden_size, mlp_size=encoder.mlp_size,
-        vocab_size=embeddings.vocab_size, tokens=length, squared_tokens=length**2,
-        predictions=masking.max_predictions(length, config.mask_rate))
+        vocab_size=embeddings.vocab_size, tokens=row, squared_tokens=row * length,
+        predictions=masking.max_predictions(row, config.mask_rate))
     seconds = estimate['seconds']
     return {
-        'device': devices[0].device_kind, 'devices': chips, 'mesh': dict(step.mesh.shape), 'length': length,
+        'device': devices[0].device_kind, 'devices': chips, 'mesh': dict(step.mesh.shape), 'length': row,
         'batch_size': batch_size, 'compile_seconds': step.seconds, 'memory': compiled.memory(step, devices[0]),
         'model_flops': work, 'program_flops': estimate.pop('flops') * chips, 'estimate': estimate,
         'sequences_per_second': batch_size / seconds, 'mfu': work / seconds / (known.peak_tflops * 1e12 * chips),
         'collectives': compiled.collectives(step), 'least_gradient_bytes': compiled.least_gradient_bytes(step),
-        'findings': compiled.findings(step, config, length, batch_size),
+        'findings': compiled.findings(step, config, row, batch_size),
         'parameters': [list(row) for row in partition.describe(step.state.params, step.mesh)]}
 
 

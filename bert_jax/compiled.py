@@ -36,9 +36,9 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
       jax.errors.JaxRuntimeError: more memory than there is.
     """
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
-    whole = examples.empty(batch_size, length, config.mask_rate)
+    whole = examples.empty(batch_size, length, config.mask_rate, config.packed)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in whole.items()}
-    state = train.state_shapes(model, tx, examples.empty(1, length, config.mask_rate))
+    state = train.state_shapes(model, tx, examples.empty(1, length, config.mask_rate, config.packed))
     mesh = partition.make_mesh(config.mesh, state, devices)
     examples.check_batch_size(batch_size, partition.data_devices(mesh), config.accumulation)
     step = train.make_train_step(model, tx, mesh, config.accumulation, state)

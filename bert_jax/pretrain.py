@@ -61,14 +61,14 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
         config.store_hash = data.info['sha256']  # its path may differ from host to host
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
     check(config)
-    example = examples.empty(1, config.phases[0][1], config.mask_rate)
+    example = examples.empty(1, config.phases[0][1], config.mask_rate, config.packed)
     mesh = partition.make_mesh(config.mesh, train.state_shapes(model, tx, example))
     check_batches(config, mesh)
     source = load_checkpoint(config, data.tokenizer) if config.init_from else None
     folder = workdir.start(path, config, data.tokenizer)
     phases = [Phase(*phase, first) for phase, first in zip(config.phases, _first_steps(config.phases))]
-    streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length)
-               for phase in phases}
+    streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length,
+                                               config.packed) for phase in phases}
 
     clock.done('data')
     state = train.make_init(model, tx, example, mesh)(config.seed)
@@ -179,11 +179,11 @@ def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     examples.check_batch_size(config.eval_batch_size, partition.data_devices(mesh), 1)
 
 
-def make_examples(config: ConfigDict, split: store.Split, data: store.Store, seed: int, max_length: int
-                  ) -> examples.Examples:
+def make_examples(config: ConfigDict, split: store.Split, data: store.Store, seed: int, max_length: int,
+                  packed: int = 0) -> examples.Examples:
     """The stream of examples of one length."""
     return examples.Examples(split, data.tokenizer, seed, max_length, config.pairing, config.masking,
-                             config.mask_rate, tuple(config.replacement), config.short_rate)
+                             config.mask_rate, tuple(config.replacement), config.short_rate, packed)
 
 
 def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, examples.Examples], start: int,
@@ -234,15 +234,15 @@ def unigram_model(data: store.Store, made: list[batches.Batch]) -> dict[str, flo
 
 def rates(config: ConfigDict, phases: list[Phase], step: int, values: dict[str, float], per_second: float
           ) -> dict[str, float]:
-    """Sequences/s, real tokens/s, model TFLOP/s, MFU where the peak is known, minutes left."""
+    """Examples and real tokens/s, model TFLOP/s, MFU where the peak is known, minutes left."""
     phase, encoder = phase_at(phases, step - 1), config.model.encoder
-    sequences = per_second * phase.batch_size
-    work = sequences * flops.sequence_flops(
+    rows = per_second * phase.batch_size
+    work = rows * flops.sequence_flops(
         num_layers=encoder.num_layers, hidden_size=config.model.embeddings.hidden_size, mlp_size=encoder.mlp_size,
         vocab_size=config.model.embeddings.vocab_size, tokens=values['tokens'],
         squared_tokens=values['squared_tokens'], predictions=values['predictions'])
     peak = flops.peak_flops()
-    return {'sequences_per_second': sequences, 'tokens_per_second': sequences * values['tokens'],
+    return {'sequences_per_second': rows * values['examples'], 'tokens_per_second': rows * values['tokens'],
             'model_tflops_per_second': work / 1e12, 'minutes_left_of_phase': (phase.stop - step) / per_second / 60,
             **({'mfu': work / peak} if peak else {})}
 

@@ -143,10 +143,13 @@ def _accumulate(gradient: Callable, params: Any, batch: Batch, rng: jax.Array, m
 
 
 def _contents(batch: Batch) -> dict[str, Mean]:
-    """Real tokens of a row, their square, and the share of padding: what a step's FLOPs follow from."""
-    tokens = jnp.sum(batch['input_mask'] > 0, axis=1, dtype=jnp.float32)
+    """A row's real tokens, the squares of its examples' sizes, ...: what a step's FLOPs follow from."""
+    real = batch['input_mask'] > 0
+    tokens = jnp.sum(real, axis=1, dtype=jnp.float32)
+    squares = jnp.sum(real * (2 * batch['position_ids'] + 1), axis=1, dtype=jnp.float32)  # n squared = 1 + 3 + 5 + ...
     rows = jnp.ones_like(tokens)
-    contents = {'tokens': Mean.of(tokens, rows), 'squared_tokens': Mean.of(tokens**2, rows),
+    contents = {'tokens': Mean.of(tokens, rows), 'squared_tokens': Mean.of(squares, rows),
+                'examples': Mean.of(jnp.max(batch['input_mask'], axis=1), rows),
                 'padding': Mean.of(1 - tokens / batch['input_mask'].shape[1], rows)}
     if 'masked_lm_weights' in batch:
         contents['predictions'] = Mean.of(batch['masked_lm_weights'].sum(1), rows)

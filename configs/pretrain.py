@@ -3,7 +3,8 @@
     python -m bert_jax.pretrain --config configs/pretrain.py:base --config.store=STORE --workdir W
 
 The argument is a size (tiny, mini, small, medium, base, large) and options after commas:
-no_nsp (no sentence pairs), whole_word (whole-word masking), bf16 (compute in bfloat16).
+no_nsp (no sentence pairs), whole_word (whole-word masking), packed (rows hold several examples and no padding),
+bf16 (compute in bfloat16).
 Phases are (steps, max_length, batch_size); the schedule runs over all of them.
 """
 
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict, FieldReference
 
 SIZES = {'tiny': (2, 128, 2), 'mini': (4, 256, 4), 'small': (4, 512, 8), 'medium': (8, 512, 8),
          'base': (12, 768, 12), 'large': (24, 1024, 16)}
-OPTIONS = ('no_nsp', 'whole_word', 'bf16')
+OPTIONS = ('no_nsp', 'whole_word', 'packed', 'bf16')
 
 
 def get_config(arg='base'):
@@ -31,6 +32,7 @@ def get_config(arg='base'):
     c.mask_rate = 0.15
     c.replacement = (0.8, 0.1)      # [MASK], a random token; the rest keeps its own
     c.short_rate = 0.1              # documents cut to a random shorter length
+    c.packed = 1 if 'packed' in options else 0  # rows of so many lengths hold several examples; 0: one a row
     c.pipeline = 'tf'               # or 'thread', without tensorflow
 
     c.model = model(layers, width, heads, dropout_rate=0.1, max_length=512)

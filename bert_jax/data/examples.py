@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from bert_jax.cli import UserError
-from bert_jax.data import draws, masking
+from bert_jax.data import draws, masking, packing
 from bert_jax.data import plan as plans
 from bert_jax.data.store import Split
 from bert_jax.data.tokenizer import Tokenizer
@@ -29,6 +31,7 @@ class Examples:
       mask_rate: share of tokens predicted.
       replacement: shares of those that become [MASK] and a random token.
       short_rate: share of documents cut to a random shorter length.
+      packed: 0: an example a row; n: rows of n * max_length tokens, filled with several.
     """
 
     split: Split
@@ -40,23 +43,44 @@ class Examples:
     mask_rate: float = 0.15
     replacement: tuple[float, float] = (0.8, 0.1)
     short_rate: float = 0.1
-    _plans: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    packed: int = 0
+    _cache: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
     def plan(self, epoch: int) -> np.ndarray:
-        """The epoch's table of examples; the last one or two used stay in memory."""
+        """The epoch's table of examples."""
+        return self._kept('plan', epoch, lambda: plans.plan(
+            self.split, self.pairing, self.seed, epoch, self.max_length, self.short_rate))
+
+    def rows(self, epoch: int) -> packing.Packing:
+        """Which examples of the epoch's plan share a row, when they are packed."""
+        plan = self.plan(epoch)
+        return self._kept('rows', epoch, lambda: self._pack(plan, epoch))
+
+    def _pack(self, plan: np.ndarray, epoch: int) -> packing.Packing:
+        predictions = masking.num_predictions(np.arange(self.max_length + 1), self.max_length, self.mask_rate)
+        key = int(draws.bits64(self.seed, epoch, self.max_length)[0])
+        return packing.pack(plans.lengths(plan, self.pairing), predictions, self.row_length,
+                            masking.max_predictions(self.row_length, self.mask_rate), key)
+
+    def _kept(self, what: str, epoch: int, make: Callable[[], Any]) -> Any:
+        """The first epoch's and the last one or two used stay in memory."""
         with self._lock:
-            if epoch not in self._plans:
-                for old in [e for e in self._plans if e not in (0, epoch - 1)]:
-                    del self._plans[old]
-                self._plans[epoch] = plans.plan(
-                    self.split, self.pairing, self.seed, epoch, self.max_length, self.short_rate)
-            return self._plans[epoch]
+            if (what, epoch) not in self._cache:
+                for old in [key for key in self._cache if key[0] == what and key[1] not in (0, epoch - 1)]:
+                    del self._cache[old]
+                self._cache[what, epoch] = make()
+            return self._cache[what, epoch]
+
+    @property
+    def row_length(self) -> int:
+        """L of the arrays."""
+        return self.max_length * max(1, self.packed)
 
     @functools.cached_property
     def epoch_size(self) -> int:
-        """Examples an epoch: those of epoch 0, whatever the draws of a later one (within about 0.1 %)."""
-        return len(self.plan(0))
+        """Rows an epoch: those of epoch 0, whatever the draws of a later one (within about 0.1 %)."""
+        return len(self.rows(0) if self.packed else self.plan(0))
 
     def batch(self, step: int, batch_size: int, rows: slice | np.ndarray = slice(None)) -> dict[str, np.ndarray]:
         """The `rows` of the global batch of one step; the same on any number of hosts."""
@@ -78,10 +102,16 @@ class Examples:
         return batch | {'is_real_example': real.astype(np.int32)}
 
     def make(self, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Masked examples [len(numbers), L] of one epoch, by their number in its plan."""
-        plan = self.plan(epoch)
-        numbers = numbers % len(plan)
-        batch, candidates = unmasked(self.split.tokens, plan[numbers], self.max_length, self.tokenizer)
+        """Rows [len(numbers), L] of one epoch, masked, by their number in its plan."""
+        if not self.packed:
+            return self._masked(epoch, numbers % len(self.plan(epoch)))
+        rows = self.rows(epoch)
+        members, owners = rows.examples(numbers % len(rows))
+        return packing.join(self._masked(epoch, members), owners, len(numbers), self.row_length,
+                            masking.max_predictions(self.row_length, self.mask_rate))
+
+    def _masked(self, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        batch, candidates = unmasked(self.split.tokens, self.plan(epoch)[numbers], self.max_length, self.tokenizer)
         keys = draws.bits64(self.seed, epoch, self.max_length, numbers)
         return masking.mask(batch, candidates, keys, self.tokenizer, masking=self.masking,
                             mask_rate=self.mask_rate, replacement=self.replacement)
@@ -119,11 +149,13 @@ def unmasked(tokens: np.ndarray, rows: np.ndarray, length: int, tokenizer: Token
     return batch, candidates
 
 
-def empty(batch_size: int, max_length: int, mask_rate: float) -> dict[str, np.ndarray]:
+def empty(batch_size: int, max_length: int, mask_rate: float, packed: int = 0) -> dict[str, np.ndarray]:
     """Arrays of the names, shapes and types of a batch, that need no text and no memory."""
-    widths = dict.fromkeys(('input_ids', 'input_mask', 'segment_ids', 'position_ids'), max_length)
-    widths |= dict.fromkeys(('cls_positions', 'next_sentence_labels', 'next_sentence_weights'), 1)
-    predictions = masking.max_predictions(max_length, mask_rate)
+    length = max_length * max(1, packed)
+    widths = dict.fromkeys(('input_ids', 'input_mask', 'segment_ids', 'position_ids'), length)
+    pairs = packing.slots(length) if packed else 1
+    widths |= dict.fromkeys(('cls_positions', 'next_sentence_labels', 'next_sentence_weights'), pairs)
+    predictions = masking.max_predictions(length, mask_rate)
     widths |= dict.fromkeys(('masked_lm_positions', 'masked_lm_ids', 'masked_lm_weights'), predictions)
     return {name: np.broadcast_to(np.zeros((), np.float32 if 'weights' in name else np.int32), (batch_size, width))
             for name, width in widths.items()}

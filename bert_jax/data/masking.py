@@ -17,11 +17,16 @@ def max_predictions(length: int, mask_rate: float) -> int:
     return int(np.ceil(length * mask_rate))
 
 
+def num_predictions(tokens: np.ndarray, length: int, mask_rate: float) -> np.ndarray:
+    """How many places an example of so many tokens predicts: int64, min(P, max(1, round(mask_rate * tokens)))."""
+    return np.clip(np.rint(mask_rate * tokens), 1, max_predictions(length, mask_rate)).astype(np.int64)
+
+
 def mask(batch: dict[str, np.ndarray], candidates: np.ndarray, row_keys: np.ndarray, tokenizer: Tokenizer, *,
          masking: str, mask_rate: float, replacement: tuple[float, float]) -> dict[str, np.ndarray]:
     """Adds masked_lm_positions, masked_lm_ids, masked_lm_weights [B, P] and rewrites input_ids.
 
-    An example of n tokens, [CLS] and [SEP] counted, predicts min(P, max(1, round(mask_rate * n))) of them.
+    An example of n tokens, [CLS] and [SEP] counted, predicts `num_predictions` of them.
 
     Args:
       batch: unmasked examples.
@@ -34,7 +39,7 @@ def mask(batch: dict[str, np.ndarray], candidates: np.ndarray, row_keys: np.ndar
     """
     ids = batch['input_ids']
     width, most = len(ids), max_predictions(ids.shape[1], mask_rate)
-    wanted = np.minimum(most, np.maximum(1, np.rint(mask_rate * (batch['input_mask'] > 0).sum(1)))).astype(np.int64)
+    wanted = num_predictions((batch['input_mask'] > 0).sum(1), ids.shape[1], mask_rate)
     chosen = choose('masking', MASKINGS, masking)(candidates, row_keys, wanted, tokenizer.word_starts, ids)
     rows, columns = np.nonzero(chosen)
     slots = np.arange(len(rows)) - np.searchsorted(rows, np.arange(width))[rows]

@@ -59,6 +59,12 @@ def plan(split: Split, pairing: str, seed: int, epoch: int, length: int, short_r
         return np.asarray(mapped)
 
 
+def lengths(table: np.ndarray, pairing: str) -> np.ndarray:
+    """Tokens of each example of a plan, [CLS] and [SEP] counted: int64 [N]."""
+    _, specials = PAIRINGS[pairing]
+    return table['a_length'].astype(np.int64) + table['b_length'] + specials
+
+
 def _next_sentence(split: Split, key: int, budget: int, target: np.ndarray) -> np.ndarray:
     """Pairs for next-sentence prediction (Devlin et al. 2019, appendix A.2)."""
     if len(split.document_lengths) < 2:
