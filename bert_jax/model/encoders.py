@@ -5,7 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from bert_jax.cli import choose
+from bert_jax.cli import UserError, choose, unknown
 from bert_jax.model.layers import Attention, Dropout, LayerNorm, Mlp
 
 
@@ -33,15 +33,17 @@ class TransformerLayer(nn.Module):
     activation: str
     dropout_rate: float
     attention_dropout_rate: float
+    attention: str
     layer_outputs: tuple[str, ...]
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x: jax.Array, mask: jax.Array, lengths: jax.Array | None, train: bool
+                 ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x [B, L, D], mask [B, 1, L, L] -> x [B, L, D] and this layer's share of `layers`."""
         x = nn.with_logical_constraint(x, ('batch', 'length', 'hidden'))
-        attended, heads = Attention(self.num_heads, self.attention_dropout_rate, self.dtype, name='attention')(
-            x, mask, train=train)
+        attention = Attention(self.num_heads, self.attention_dropout_rate, self.attention, self.dtype, name='attention')
+        attended, heads = attention(x, mask, lengths, train=train)
         dropout = Dropout(self.dropout_rate)
         x = LayerNorm(self.dtype, name='attention_norm')(x + dropout(attended, train=train))
         changed = Mlp(self.mlp_size, self.activation, self.dtype, name='mlp')(x)
@@ -61,6 +63,7 @@ class Transformer(nn.Module):
       activation: an ACTIVATIONS name.
       dropout_rate: after attention and MLP.
       attention_dropout_rate: on the attention probabilities.
+      attention: an ATTENTIONS name: how it is computed.
       layer_outputs: which of 'hidden', 'query', 'key', 'value' to keep of every layer.
       unroll: layers a step of the scan; N makes an unrolled program, the same but for rounding.
       remat: a REMAT name: what the forward pass keeps for the backward pass, which computes the rest again.
@@ -73,6 +76,7 @@ class Transformer(nn.Module):
     activation: str
     dropout_rate: float
     attention_dropout_rate: float
+    attention: str = 'xla'
     layer_outputs: tuple[str, ...] = ()
     unroll: int = 1
     remat: str = 'none'
@@ -82,21 +86,44 @@ class Transformer(nn.Module):
     def __call__(self, x: jax.Array, batch: dict[str, jax.Array], *, train: bool) -> Encoded:
         """x [B, L, D], input_mask [B, L] (0 = padding, k = the row's k-th example) -> Encoded."""
         mask = batch['input_mask']
+        packed = batch['cls_positions'].shape[1] > 1
+        lengths = None if packed else jnp.maximum(jnp.sum(mask > 0, axis=1, dtype=jnp.int32), 1)
         mask = (mask[:, None, :, None] == mask[:, None, None, :]) & (mask[:, None, None, :] > 0)
         kept = choose('remat', REMAT, self.remat)
-        block = nn.remat(TransformerLayer, policy=kept, prevent_cse=self.unroll > 1, static_argnums=(3,)) if kept else (
+        block = nn.remat(TransformerLayer, policy=kept, prevent_cse=self.unroll > 1, static_argnums=(4,)) if kept else (
             TransformerLayer)
         stack = nn.scan(block, length=self.num_layers, unroll=self.unroll,
                         variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-                        in_axes=(nn.broadcast, nn.broadcast))
+                        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast))
         layer = stack(self.num_heads, self.mlp_size, self.activation, self.dropout_rate,
-                      self.attention_dropout_rate, tuple(self.layer_outputs), self.dtype, name='layers')
-        hidden, layers = layer(x, mask, train)
+                      self.attention_dropout_rate, choose_attention(self), tuple(self.layer_outputs), self.dtype,
+                      name='layers')
+        hidden, layers = layer(x, mask, lengths, train)
         if 'hidden' in layers:
             layers['hidden'] = jnp.concatenate([x[None], layers['hidden']])  # [N + 1, B, L, D]
         return Encoded(hidden, layers)
 
 
+def choose_attention(encoder: Transformer) -> str:
+    """'xla' or 'cudnn', which needs an NVIDIA GPU, 16 bits and no attention dropout; 'auto' takes it where it can.
+
+    Raises:
+      UserError: 'cudnn' is asked for where it cannot be.
+    """
+    if encoder.attention not in ATTENTIONS:
+        raise unknown('attention', encoder.attention, ATTENTIONS)
+    if encoder.attention == 'xla':
+        return 'xla'
+    missing = [what for what, there in {
+        'an NVIDIA GPU': jax.default_backend() == 'gpu',
+        '--config.model.dtype=bfloat16': encoder.dtype.itemsize == 2,
+        '--config.model.encoder.attention_dropout_rate=0': encoder.attention_dropout_rate == 0}.items() if not there]
+    if missing and encoder.attention == 'cudnn':
+        raise UserError(f'attention=cudnn needs {" and ".join(missing)}; attention=auto takes it where it can.')
+    return 'xla' if missing else 'cudnn'
+
+
+ATTENTIONS = ('xla', 'cudnn', 'auto')
 REMAT = {
     'none': None,                                                               # everything is kept
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,           # the outputs of dense layers

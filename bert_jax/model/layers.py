@@ -174,34 +174,62 @@ def _softmax_backward(dtype: jnp.dtype, weights: jax.Array, grad: jax.Array) -> 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
+def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, lengths: jax.Array | None,
+                    implementation: str) -> jax.Array:
+    """Attention whose [B, H, L, L] scores never reach memory (Dao et al. 2022); without dropout.
+
+    Args:
+      query, key, value: [B, L, H, K].
+      mask: bool [B, 1, L, L].
+      lengths: int32 [B], tokens of rows that hold one example: cheaper than the mask; None for packed rows.
+      implementation: 'cudnn', or 'xla' to check it by.
+
+    Returns:
+      [B, L, H, K]; at padding anything finite.
+    """
+    if lengths is None:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+    return jax.nn.dot_product_attention(query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+                                        implementation=implementation)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each example of a row.
 
     Attributes:
       num_heads: H; the head size K is D / H.
       attention_dropout_rate: dropout on the attention probabilities.
+      implementation: 'xla', or 'cudnn', which has no dropout.
       dtype: what is computed in; the softmax is float32 always.
     """
 
     num_heads: int
     attention_dropout_rate: float
+    implementation: str
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x: jax.Array, mask: jax.Array, lengths: jax.Array | None, *, train: bool
+                 ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x [B, L, D], mask bool [B, 1, L, L] -> [B, L, D], and query, key, value [B, L, H, K]."""
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
         qkv = Dense((heads[0], 3, heads[1]), self.dtype, name='qkv')(x)
         query, key, value = (x.squeeze(-2) for x in jnp.split(qkv, 3, axis=-2))  # [B, L, H, K]
-        scores = jnp.einsum('BqHK,BkHK->BHqk', query * heads[1] ** -0.5, key,
+        if self.implementation == 'xla':
+            mixed = self._mix(query, key, value, mask, train)
+        else:
+            mixed = fused_attention(query, key, value, mask, lengths, self.implementation)
+        out = Dense((width,), self.dtype, inputs=2, name='out')(mixed)
+        return out, {'query': query, 'key': key, 'value': value}
+
+    def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        scores = jnp.einsum('BqHK,BkHK->BHqk', query * query.shape[-1] ** -0.5, key,
                             preferred_element_type=jnp.float32)
         scores = jnp.where(mask, scores, -1e9)
         weights = _softmax(scores, self.dtype)                             # [B, H, L, L]
         weights = Dropout(self.attention_dropout_rate)(weights, train=train)
-        mixed = jnp.einsum('BHqk,BkHK->BqHK', weights, value)
-        out = Dense((width,), self.dtype, inputs=2, name='out')(mixed)
-        return out, {'query': query, 'key': key, 'value': value}
+        return jnp.einsum('BHqk,BkHK->BqHK', weights, value)
 
 
 class Mlp(nn.Module):

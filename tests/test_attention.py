@@ -1,0 +1,77 @@
+"""The implementations of attention agree, on padded rows and on packed ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import expect_error, run_module
+from models import L, batch, build, random_params
+
+from bert_jax.model import encoders, layers
+
+ON_GPU = jax.default_backend() == 'gpu'
+
+
+def packed_batch():
+    """Two examples a row, of 5 to 8 tokens, and padding after them."""
+    rng, example = np.random.default_rng(1), batch(padded=False)
+    first, both = rng.integers(3, 6, 8)[:, None], rng.integers(8, L + 1, 8)[:, None]
+    place = np.arange(L)
+    example['input_mask'] = ((place < both) * (1 + (place >= first))).astype(np.int32)
+    example['position_ids'] = np.where(place < first, place, place - first).astype(np.int32)
+    example['cls_positions'] = np.concatenate([np.zeros_like(first), first], 1).astype(np.int32)
+    for name in ('next_sentence_labels', 'next_sentence_weights'):
+        example[name] = np.repeat(example[name], 2, 1)
+    example['masked_lm_positions'] = np.minimum(example['masked_lm_positions'], both - 1).astype(np.int32)
+    return example
+
+
+@pytest.mark.parametrize('implementation', ['xla', pytest.param('cudnn', marks=pytest.mark.skipif(
+    not ON_GPU, reason='cuDNN attention needs an NVIDIA GPU'))])
+@pytest.mark.parametrize('example', [batch(), packed_batch()], ids=['padded', 'packed'])
+def test_fused_attention_gives_the_same_losses_and_gradients(example, implementation, monkeypatch):
+    """On a CPU through jax.nn.dot_product_attention's own XLA path: the masks, lengths and scale are what is tested."""
+    dtype = 'bfloat16' if implementation == 'cudnn' else 'float32'
+    plain, fused = (build('model.encoder.attention_dropout_rate=0', f'model.dtype={dtype}') for _ in range(2))
+    params = random_params(plain, example)
+
+    def value_and_gradient(model):
+        def loss(params):
+            losses = model.apply({'params': params}, example, train=False, method='losses')
+            return sum(terms['loss'].total / terms['loss'].count for terms in losses.values())
+
+        return jax.value_and_grad(loss)(params)
+
+    expected = value_and_gradient(plain)
+    monkeypatch.setattr(encoders, 'choose_attention', lambda _: 'cudnn')  # any but 'xla' goes the fused way
+    monkeypatch.setattr(layers, 'fused_attention', functools.partial(as_implementation, implementation, layers.fused_attention))
+    found = value_and_gradient(fused)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-2 if ON_GPU else 1e-5, atol=2e-2 if ON_GPU else 1e-6)
+    close(found[0], expected[0])
+    jax.tree.map(close, found[1], expected[1])
+
+
+def as_implementation(implementation, fused, query, key, value, mask, lengths, _):
+    assert query.ndim == 4 and (lengths is None or lengths.shape == (len(query),))
+    return fused(query, key, value, mask, lengths, implementation)
+
+
+@pytest.mark.parametrize(('attention', 'dropout', 'dtype', 'backend', 'chosen'), [
+    ('xla', 0, 'bfloat16', 'gpu', 'xla'), ('auto', 0, 'bfloat16', 'gpu', 'cudnn'), ('auto', 0.1, 'bfloat16', 'gpu', 'xla'),
+    ('auto', 0, 'float32', 'gpu', 'xla'), ('auto', 0, 'bfloat16', 'cpu', 'xla'), ('auto', 0, 'bfloat16', 'tpu', 'xla'),
+    ('cudnn', 0, 'bfloat16', 'gpu', 'cudnn')])
+def test_auto_takes_cudnn_where_it_can(attention, dropout, dtype, backend, chosen, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    encoder = build(f'model.encoder.attention={attention}', f'model.encoder.attention_dropout_rate={dropout}', f'model.dtype={dtype}').encoder
+    assert encoder.dtype == jnp.dtype(dtype) and encoders.choose_attention(encoder) == chosen
+
+
+def test_what_cudnn_lacks_is_said(store_path, tmp_path):
+    done = run_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / 'w',
+                      '--config.model.encoder.attention=cudnn')
+    expect_error(done, 'an NVIDIA GPU', 'bfloat16', 'attention_dropout_rate=0', 'auto')
+    done = run_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / 'w',
+                      '--config.model.encoder.attention=flash')
+    expect_error(done, "'flash'", 'cudnn')
