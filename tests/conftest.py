@@ -13,7 +13,7 @@ import bert_jax  # noqa: F401 - first: it sets the flags that JAX's backend open
 
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_PLATFORMS'] = os.environ.get('BERT_JAX_TEST_PLATFORM', 'cpu')  # cuda: the tests that need a GPU
 # The same few programs are compiled by many short processes here: compile each once.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(tempfile.gettempdir()) / 'bert_jax_tests_xla')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
