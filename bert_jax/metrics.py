@@ -1,6 +1,9 @@
 """Means that merge exactly, and the writer of logs."""
 
+import importlib
 import json
+import sys
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +49,16 @@ def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
     return merged
 
 
+def _tensorboardx() -> types.ModuleType:
+    """The library , without the torch that it would import for nothing: six seconds where it is installed."""
+    hidden = sys.modules.setdefault('torch', None) is None
+    try:
+        return importlib.import_module('tensorboardX')
+    finally:
+        if hidden:
+            del sys.modules['torch']
+
+
 class Writer:
     """Writes each record to `log.jsonl` and to TensorBoard files; rates go to `rates.jsonl`.
 
@@ -57,13 +70,11 @@ class Writer:
         self._board = None
         if jax.process_index():
             return
-        import tensorboardX  # half a second
-
         self._files = {name: workdir / f'{name}.jsonl' for name in ('log', 'rates')}
         for file in self._files.values():
             cut_back(file, step)
         try:
-            self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+            self._board = _tensorboardx().SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
         except ImportError as error:  # gs:// needs google-cloud-storage
             raise UserError(f'{workdir}: {error}') from error
 

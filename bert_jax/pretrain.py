@@ -55,6 +55,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
       Stopped: told to stop; a checkpoint is saved.
     """
     clock, stop = startup.Startup(), distributed.stop_notice()
+    batches.import_ahead(config.pipeline)
     data = load_store(config)
     set_vocab_size(config.model, data.tokenizer.vocab_size)
     with config.unlocked():

@@ -2,8 +2,10 @@
 
 import collections
 import concurrent.futures
+import importlib
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import jax
@@ -12,12 +14,12 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 THREADS = 2
 AHEAD = 4
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # tensorflow reads them when it is imported
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 
 def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     """`make(step)` for step in start..stop-1, in order, through tf.data: parallel and prefetched."""
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
     import tensorflow as tf  # seconds to import; machines without it use `thread_stream`
 
     tf.config.set_visible_devices([], 'GPU')
@@ -37,6 +39,12 @@ def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[B
     options = tf.data.Options()
     options.threading.private_threadpool_size = THREADS
     return dataset.with_options(options).prefetch(AHEAD).as_numpy_iterator()
+
+
+def import_ahead(stream: str) -> None:
+    """Begins to import what a stream needs, while the caller compiles: tensorflow takes seconds."""
+    if stream == 'tf':
+        threading.Thread(target=importlib.import_module, args=('tensorflow',), daemon=True).start()
 
 
 def thread_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
