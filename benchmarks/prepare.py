@@ -3,7 +3,9 @@
     python benchmarks/prepare.py --input "$DATA/*.txt" --tokenizer vocab.txt --megabytes 100 1000 --repeats 5
 
 The text is repeated, with a number before each copy's documents, until it has the size asked for. Memory is the
-largest sum of resident memory over all processes, sampled ten times a second.
+largest sum of resident memory over all processes, sampled ten times a second. With --peers, on --peer_megabytes of the
+same text: `datasets.map` with a fast tokenizer, batched, two processes, which leaves ids of lines; and a plain Python loop that
+does what create_pretraining_data.py does for one copy at length 128: tokenizes, pairs, masks, writes TFRecords.
 """
 
 import argparse
@@ -25,7 +27,16 @@ def main():
     parser.add_argument('--tokenizer', required=True, metavar='PATH')
     parser.add_argument('--megabytes', type=int, nargs='+', default=[100])
     parser.add_argument('--repeats', type=int, default=5, help='for the first size; larger ones run once')
+    parser.add_argument('--peers', action='store_true')
+    parser.add_argument('--peer_megabytes', type=int, default=20)
+    parser.add_argument('--peer', nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peer:
+        name, text, output = args.peer
+        {'datasets': map_datasets, 'python_loop': python_loop}[name](text, args.tokenizer, output)
+        return
+    if args.peers:
+        compare(args)
     for number, size in enumerate(args.megabytes):
         with tempfile.TemporaryDirectory() as folder:
             text = enlarge(args.input, pathlib.Path(folder) / 'text.txt', size * 10**6)
@@ -35,6 +46,95 @@ def main():
         print(f'{size} MB: {statistics.median(rates):.1f} MB/s ({min(rates):.1f}-{max(rates):.1f}, n = {len(runs)}), '
               f'peak memory of all processes {max(peak for _, peak, _, _ in runs) / 1e6:.0f} MB, '
               f'{runs[0][3]:.2f} bytes a token')
+
+
+def compare(args):
+    """Each side in a fresh process, in turn, on the same text."""
+    sides = {'bert_jax': [], 'datasets': [], 'python_loop': []}
+    with tempfile.TemporaryDirectory() as folder:
+        text = enlarge(args.input, pathlib.Path(folder) / 'text.txt', args.peer_megabytes * 10**6)
+        short = enlarge(args.input, pathlib.Path(folder) / 'short.txt', 10**6)  # the loop has one speed, and it is low
+        for number in range(args.repeats):
+            sides['bert_jax'].append(run(text, args.tokenizer, pathlib.Path(folder) / f'store{number}')[0] / text.stat().st_size)
+            for name, file in (('datasets', text), ('python_loop', short)):
+                start = time.perf_counter()
+                subprocess.run([sys.executable, __file__, *sys.argv[1:], '--peer', name, file, f'{folder}/{name}{number}'], check=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                sides[name].append((time.perf_counter() - start) / file.stat().st_size)
+    ours = statistics.median(sides['bert_jax'])
+    for name, found in sides.items():
+        rates = [1e-6 / seconds for seconds in found]
+        print(f'{name:<12}{statistics.median(rates):8.2f} MB/s ({min(rates):.2f}-{max(rates):.2f}, n = {len(rates)}); '
+              f'ours / this: {statistics.median(found) / ours:.1f}', flush=True)
+
+
+def map_datasets(text, vocab, output):
+    import datasets
+    import transformers
+
+    tokenizer = transformers.BertTokenizer(vocab, do_lower_case=True)
+    lines = datasets.load_dataset('text', data_files=text, split='train', cache_dir=output)
+    lines.map(lambda batch: tokenizer(batch['text'], add_special_tokens=False), batched=True, num_proc=2,
+              remove_columns=['text']).save_to_disk(f'{output}/ids')
+
+
+def python_loop(text, vocab, output, length=128, mask_rate=0.15, most=20):
+    import random
+
+    import tensorflow as tf
+    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+
+    tokenizer, rng = BertTokenizerLegacy(vocab, do_lower_case=True), random.Random(0)
+    words = list(tokenizer.vocab)
+    documents = [[tokenizer.tokenize(line) for line in part.split('\n') if line]
+                 for part in pathlib.Path(text).read_text(encoding='utf-8').split('\n\n')]
+    documents = [[line for line in document if line] for document in documents if any(document)]
+    with tf.io.TFRecordWriter(output) as writer:
+        for number, document in enumerate(documents):
+            for a, b, is_random in pairs(documents, number, document, length - 3, rng):
+                tokens = ['[CLS]', *a, '[SEP]', *b, '[SEP]']
+                places = [i for i, token in enumerate(tokens) if token not in ('[CLS]', '[SEP]')]
+                rng.shuffle(places)
+                places = sorted(places[:min(most, max(1, round(len(tokens) * mask_rate)))])
+                labels = [tokens[i] for i in places]
+                for i in places:
+                    if rng.random() < 0.8:
+                        tokens[i] = '[MASK]'
+                    elif rng.random() < 0.5:
+                        tokens[i] = rng.choice(words)
+                padding = [0] * (length - len(tokens))
+                features = {'input_ids': tokenizer.convert_tokens_to_ids(tokens) + padding, 'input_mask': [1] * len(tokens) + padding,
+                            'segment_ids': [0] * (len(a) + 2) + [1] * (len(b) + 1) + padding,
+                            'masked_lm_positions': places + [0] * (most - len(places)),
+                            'masked_lm_ids': tokenizer.convert_tokens_to_ids(labels) + [0] * (most - len(places)),
+                            'next_sentence_labels': [int(is_random)]}
+                writer.write(tf.train.Example(features=tf.train.Features(feature={
+                    name: tf.train.Feature(int64_list=tf.train.Int64List(value=value)) for name, value in features.items()})).SerializeToString())
+
+
+def pairs(documents, number, document, budget, rng):
+    """The original algorithm's (A, B, whether B is random) of one document."""
+    target = rng.randint(2, budget) if rng.random() < 0.1 else budget
+    chunk, i = [], 0
+    while i < len(document):
+        chunk.append(document[i])
+        if i == len(document) - 1 or sum(map(len, chunk)) >= target:
+            cut = rng.randint(1, len(chunk) - 1) if len(chunk) > 1 else 1
+            a, b = [token for line in chunk[:cut] for token in line], [token for line in chunk[cut:] for token in line]
+            is_random = len(chunk) == 1 or rng.random() < 0.5
+            if is_random:
+                other = documents[(number + rng.randint(1, len(documents) - 1)) % len(documents)]
+                b = []
+                for line in other[rng.randint(0, len(other) - 1):]:
+                    b += line
+                    if len(b) >= target - len(a):
+                        break
+                i -= len(chunk) - cut
+            while len(a) + len(b) > budget:
+                (a if len(a) > len(b) else b).pop(0 if rng.random() < 0.5 else -1)
+            yield a, b, is_random
+            chunk = []
+        i += 1
 
 
 def enlarge(pattern, path, size):
