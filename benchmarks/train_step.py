@@ -190,12 +190,12 @@ def ours(args, config):
 
 
 def matmul(args, config):
-    """The machine's best on the model's largest product, [B L, D] x [D, F]."""
+    """The machine's best on the model's largest product, [B L, D] x [D, F]; not less than BERT-base's at 16 x 128."""
     import jax
     import jax.numpy as jnp
 
-    width, dtype = config.model.embeddings.hidden_size, config.model.dtype
-    x = jnp.ones((args.batch_size * args.length, width), dtype) / width
+    width, dtype = max(768, config.model.embeddings.hidden_size), config.model.dtype
+    x = jnp.ones((max(2048, args.batch_size * args.length), width), dtype) / width
     kernel = jnp.ones((width, 4 * width), dtype)
     times = 200 if jax.default_backend() == 'gpu' else 8
     product = jax.jit(lambda x, kernel: x @ kernel)

@@ -68,28 +68,54 @@ def memory(step: Step, device: jax.Device) -> dict[str, float]:
 
 
 def estimate_step(program: hlo.Program, known: hardware.Device, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Seconds of a step: products, memory, the vector unit's rest, exposed collectives."""
-    seconds: dict[str, float] = collections.defaultdict(float)
-    work, random = 0, 0.0
-    for computation, instruction, times in program.walk():
-        if instruction.opcode in hlo.FREE:
-            continue
-        kind = _collective(instruction)
-        if kind:
-            seconds['collectives'] += times * _collective_seconds(instruction, kind, known, mesh)
-            continue
-        products = program.flops(computation, instruction.name)
-        work += times * products
-        parts = {'products': products / (known.peak_tflops * 1e12),
-                 'memory': program.memory_bytes(computation, instruction) / (known.memory_tb_s * 1e12)}
-        cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"')
-        if cycles and known.clock_ghz:
-            parts['on chip'] = int(cycles) / (known.clock_ghz * 1e9)
-        limit = max(parts, key=parts.__getitem__)
-        seconds[limit] += times * parts[limit]
-        if re.search(r'random_bits|dropout', instruction.path, re.IGNORECASE):
-            random += times * parts[limit]
-    return {'seconds': sum(seconds.values()), **seconds, 'random bits': random, 'flops': work}
+    """Seconds of a step: products, memory, vector unit, collectives; of what overlaps, what is waited for."""
+    seconds = _seconds(program, program.entry, known, mesh)
+    return {'seconds': sum(seconds.values()) - seconds['random bits'], **seconds,
+            'flops': sum(times * program.flops(computation, i.name) for computation, i, times in program.walk()
+                         if i.opcode not in hlo.FREE)}
+
+
+def _seconds(program: hlo.Program, computation: str, known: hardware.Device, mesh: jax.sharding.Mesh
+             ) -> collections.Counter:
+    """Of a computation, by what limits; what is started and awaited later costs what was not there by then."""
+    spent: collections.Counter = collections.Counter()
+    started: dict[str, tuple[str, float]] = {}  # -> what it is, when it will be there
+    now = 0.0
+    for instruction in program.computations[computation].values():
+        what, took = '', 0.0
+        if instruction.opcode.endswith('-done'):
+            what, there = started.get(instruction.operands[0], ('', 0.0))
+            took = max(0.0, there - now)
+        elif program.called(instruction):
+            inner: collections.Counter = collections.Counter()
+            for called, times in program.called(instruction):
+                inner.update({k: times * v for k, v in _seconds(program, called, known, mesh).items()})
+            spent.update(inner)
+            now += sum(inner.values()) - inner['random bits']
+        elif instruction.opcode not in hlo.FREE:
+            what, took = _limit(program, computation, instruction, known, mesh)
+            if instruction.opcode.endswith('-start'):
+                started[instruction.name], took = (what, now + took), 0.0
+            if re.search(r'random_bits|dropout', instruction.path, re.IGNORECASE):
+                spent['random bits'] += took
+        if took:
+            spent[what] += took
+            now += took
+    return spent
+
+
+def _limit(program: hlo.Program, computation: str, instruction: hlo.Instruction, known: hardware.Device,
+           mesh: jax.sharding.Mesh) -> tuple[str, float]:
+    """(what limits an instruction, its seconds)."""
+    kind = _collective(instruction)
+    if kind:
+        return 'collectives', _collective_seconds(instruction, kind, known, mesh)
+    parts = {'products': program.flops(computation, instruction.name) / (known.peak_tflops * 1e12),
+             'memory': program.memory_bytes(computation, instruction) / (known.memory_tb_s * 1e12)}
+    cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"')
+    if cycles and known.clock_ghz:
+        parts['on chip'] = int(cycles) / (known.clock_ghz * 1e9)
+    return max(parts.items(), key=lambda part: part[1])
 
 
 def _collective(instruction: hlo.Instruction) -> str:

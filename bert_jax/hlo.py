@@ -81,13 +81,17 @@ class Program:
         name = computation or self.entry
         for instruction in self.computations[name].values():
             yield name, instruction, times
-            if instruction.opcode == 'while':
-                body = instruction.attribute(r'body=%?([\w.\-]+)')
-                yield from self.walk(body, times * self.trip_count(instruction))
-            elif instruction.opcode in ('call', 'conditional', 'async-start'):
-                for called in re.findall(r'(?:to_apply|calls|true_computation|branch_computations)=\{?%?([\w.\-]+)',
-                                         instruction.attributes):
-                    yield from self.walk(called, times)
+            for called, more in self.called(instruction):
+                yield from self.walk(called, times * more)
+
+    def called(self, instruction: Instruction) -> list[tuple[str, int]]:
+        """(computation, how often) of a loop, a branch or a call; a fusion is one instruction."""
+        if instruction.opcode == 'while':
+            return [(instruction.attribute(r'body=%?([\w.\-]+)'), self.trip_count(instruction))]
+        if instruction.opcode not in ('call', 'conditional', 'async-start'):
+            return []
+        return [(name, 1) for name in re.findall(
+            r'(?:to_apply|calls|true_computation|branch_computations)=\{?%?([\w.\-]+)', instruction.attributes)]
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a counted loop runs: the constant that its condition compares with."""
@@ -140,6 +144,9 @@ class Program:
                 size += self._used(inside, user.name, array)
             elif user.opcode == 'fusion':
                 called = user.attribute(r'calls=%?([\w.\-]+)')
+                if {i.opcode for i in self.computations[called].values()} <= {'parameter', 'copy', 'bitcast'}:
+                    size += self._used(inside, user.name, array)  # another layout, of what is used alone
+                    continue
                 size += sum(self._read(called, at, array) for at, one in enumerate(user.operands) if one == name)
             else:
                 return array.bytes

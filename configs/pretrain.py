@@ -70,6 +70,6 @@ def model(layers, width, heads, dropout_rate, max_length):
                     'activation': FieldReference('gelu_new'),  # the original's; 'gelu' (erf) is Hugging Face's
                     'dropout_rate': rate * 1.0, 'attention_dropout_rate': rate * 1.0,  # follow, unless given
                     'layer_outputs': (), 'unroll': num_layers * 1,  # on pods 1: compiles faster
-                    'remat': 'none',   # 'dots', 'full': less memory, more work
+                    'remat': 'none',   # 'elementwise', 'dots', 'full': less memory, more work
                     'attention': 'auto'},  # 'xla'; 'cudnn' on GPUs, in bf16 without attention dropout
     })

@@ -162,8 +162,8 @@ def test_dropout_rate_and_scale(shape, rate):
 def test_dropout_bits_are_independent():
     """Neighbours along every axis, other keys, and single bits of an entry do not know of each other."""
     shape = (8, 64, 256)
-    bits = np.asarray(random_bits(jax.random.key(3), shape))
-    other = np.asarray(random_bits(jax.random.key(4), shape))
+    bits = np.asarray(random_bits(jax.random.bits(jax.random.key(3), (2,)), shape))
+    other = np.asarray(random_bits(jax.random.bits(jax.random.key(4), (2,)), shape))
     flags = [(b >> shift & 1).astype(bool) for b in (bits, other) for shift in (31, 30, 16, 0)]
     noise = 5 / np.sqrt(bits.size)
     for i, a in enumerate(flags):

@@ -4,9 +4,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bert_jax.cli import UserError, choose, unknown
-from bert_jax.model.layers import Attention, Dropout, LayerNorm, Mlp
+from bert_jax.model.layers import KEPT, Attention, Dropout, LayerNorm, Mlp
 
 
 @flax.struct.dataclass
@@ -45,9 +46,11 @@ class TransformerLayer(nn.Module):
         attention = Attention(self.num_heads, self.attention_dropout_rate, self.attention, self.dtype, name='attention')
         attended, heads = attention(x, mask, lengths, train=train)
         dropout = Dropout(self.dropout_rate)
-        x = LayerNorm(self.dtype, name='attention_norm')(x + dropout(attended, train=train))
+        x = checkpoint_name(x + dropout(attended, train=train), KEPT)
+        x = LayerNorm(self.dtype, name='attention_norm')(x)
         changed = Mlp(self.mlp_size, self.activation, self.dtype, name='mlp')(x)
-        x = LayerNorm(self.dtype, name='mlp_norm')(x + Dropout(self.dropout_rate)(changed, train=train))
+        x = checkpoint_name(x + Dropout(self.dropout_rate)(changed, train=train), KEPT)
+        x = LayerNorm(self.dtype, name='mlp_norm')(x)
         x = nn.with_logical_constraint(x, ('batch', 'length', 'hidden'))
         heads['hidden'] = x
         return x, {name: heads[name] for name in self.layer_outputs}
@@ -126,6 +129,7 @@ def choose_attention(encoder: Transformer) -> str:
 ATTENTIONS = ('xla', 'cudnn', 'auto')
 REMAT = {
     'none': None,                                                               # everything is kept
+    'elementwise': jax.checkpoint_policies.save_only_these_names(KEPT),         # all but activations, dropout and norms
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,           # the outputs of dense layers
     'full': jax.checkpoint_policies.nothing_saveable,                           # each layer's input alone
 }

@@ -11,9 +11,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bert_jax.metrics import Mean
 
+KEPT = 'kept'  # what the backward pass cannot compute again cheaply: products, softmax, sums before a norm
 kernel_init = nn.initializers.truncated_normal(stddev=0.02, lower=-2.0, upper=2.0)
 
 
@@ -82,31 +84,59 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., *inputs] -> [..., *features]."""
-        rows, inputs = x.shape[:-self.inputs], x.shape[-self.inputs:]
+        inputs = x.shape[-self.inputs:]
         kernel = self.param('kernel', kernel_init, (*inputs, *self.features)).astype(self.dtype)
         bias = self.param('bias', nn.initializers.zeros, self.features).astype(self.dtype)
-        width = math.prod(self.features)
-        x = x.astype(self.dtype).reshape(-1, math.prod(inputs)) @ kernel.reshape(-1, width)
-        return _add_bias(x, bias.reshape(width)).reshape(*rows, *self.features)
+        return _affine(x.astype(self.dtype), kernel, bias)
+
+
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., *inputs], kernel [*inputs, *features], bias [*features] -> [..., *features], as one plain product."""
+    features = bias.shape
+    inputs = kernel.ndim - bias.ndim
+    rows, width = x.shape[:-inputs], math.prod(features)
+    x = x.reshape(-1, math.prod(kernel.shape[:inputs])) @ kernel.reshape(-1, width)
+    return _add_bias(x, bias.reshape(width)).reshape(*rows, *features)
+
+
+class QueryKeyValue(nn.Module):
+    """Attention's three projections, whose parameters are one array, heads first, as `tensor` splits them.
+
+    Each is a product of its own: cut out of one product's result, all three would be copied before and after.
+    """
+
+    heads: tuple[int, int]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """x [B, L, D] -> query, key, value [B, L, H, K]."""
+        shape = (self.heads[0], 3, self.heads[1])
+        kernel = self.param('kernel', kernel_init, (x.shape[-1], *shape)).astype(self.dtype)
+        bias = self.param('bias', nn.initializers.zeros, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
+        return tuple(_affine(x, kernel[:, :, which], bias[:, which]) for which in range(3))
 
 
 @jax.custom_vjp
 def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """float32 x [..., D], scale and bias [D] -> (x - mean) / sqrt(variance + 1e-12) * scale + bias."""
+    """x [..., D], float32 scale and bias [D] -> (x - mean) / sqrt(variance + 1e-12) * scale + bias, as x's dtype."""
     return _layer_norm_forward(x, scale, bias)[0]
 
 
 def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple]:
+    given, x = x, x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean((x - mean)**2, -1, keepdims=True) + 1e-12)
-    return (x - mean) * inverse * scale + bias, (x, mean, inverse, scale)
+    return ((x - mean) * inverse * scale + bias).astype(given.dtype), (given, mean, inverse, scale)
 
 
 def _layer_norm_backward(saved: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, inverse, scale = saved
+    x, grad, dtype = x.astype(jnp.float32), grad.astype(jnp.float32), x.dtype
     normed, scaled = (x - mean) * inverse, grad * scale
     to_x = inverse * (scaled - scaled.mean(-1, keepdims=True) - normed * jnp.mean(scaled * normed, -1, keepdims=True))
-    return to_x, _sum_rows(grad * normed), _sum_rows(grad)
+    return to_x.astype(dtype), _sum_rows(grad * normed), _sum_rows(grad)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
@@ -122,15 +152,14 @@ class LayerNorm(nn.Module):
         """x [..., D] -> the same shape."""
         scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
         bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
-        return _layer_norm(x.astype(jnp.float32), scale, bias).astype(self.dtype)
+        return _layer_norm(x.astype(self.dtype), scale, bias)
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 bits for dropout: MurmurHash3's finalizer of (key, row, column).
+def random_bits(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 bits for dropout: MurmurHash3's finalizer of (seeds uint32 [2], row, column).
 
     A fifth of threefry's work, and of each element alone: nothing is stored or communicated, whatever the sharding.
     """
-    seeds = jax.random.bits(key, (2,))
     counters = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
     row = jnp.zeros((), jnp.uint32)
     for size, counter in zip(shape[:-1], counters[:-1]):
@@ -151,8 +180,18 @@ class Dropout(nn.Module):
         """x of any shape -> the same shape."""
         if not train or self.rate == 0:
             return x
-        keep = random_bits(self.make_rng('dropout'), x.shape) >= jnp.uint32(round(self.rate * 2**32))
-        return jnp.where(keep, x * (1 / (1 - self.rate)), jnp.zeros_like(x))
+        return _drop(x, jax.random.bits(self.make_rng('dropout'), (2,)), self.rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _drop(x: jax.Array, seeds: jax.Array, rate: float) -> jax.Array:
+    """Dropout whose backward pass draws the mask again: it is never kept."""
+    keep = random_bits(seeds, x.shape) >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(keep, x * (1 / (1 - rate)), jnp.zeros_like(x))
+
+
+_drop.defvjp(lambda x, seeds, rate: (_drop(x, seeds, rate), seeds),
+             lambda rate, seeds, grad: (_drop(grad, seeds, rate), None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -214,20 +253,19 @@ class Attention(nn.Module):
         """x [B, L, D], mask bool [B, 1, L, L] -> [B, L, D], and query, key, value [B, L, H, K]."""
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
-        qkv = Dense((heads[0], 3, heads[1]), self.dtype, name='qkv')(x)
-        query, key, value = (x.squeeze(-2) for x in jnp.split(qkv, 3, axis=-2))  # [B, L, H, K]
+        query, key, value = (checkpoint_name(one, KEPT) for one in QueryKeyValue(heads, self.dtype, name='qkv')(x))
         if self.implementation == 'xla':
             mixed = self._mix(query, key, value, mask, train)
         else:
             mixed = fused_attention(query, key, value, mask, lengths, self.implementation)
-        out = Dense((width,), self.dtype, inputs=2, name='out')(mixed)
+        out = Dense((width,), self.dtype, inputs=2, name='out')(checkpoint_name(mixed, KEPT))
         return out, {'query': query, 'key': key, 'value': value}
 
     def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         scores = jnp.einsum('BqHK,BkHK->BHqk', query * query.shape[-1] ** -0.5, key,
                             preferred_element_type=jnp.float32)
         scores = jnp.where(mask, scores, -1e9)
-        weights = _softmax(scores, self.dtype)                             # [B, H, L, L]
+        weights = checkpoint_name(_softmax(scores, self.dtype), KEPT)      # [B, H, L, L]
         weights = Dropout(self.attention_dropout_rate)(weights, train=train)
         return jnp.einsum('BHqk,BkHK->BqHK', weights, value)
 
@@ -242,7 +280,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> [B, L, D]."""
-        hidden = Dense((self.mlp_size,), self.dtype, name='up')(x)
+        hidden = checkpoint_name(Dense((self.mlp_size,), self.dtype, name='up')(x), KEPT)
         hidden = ACTIVATIONS[self.activation](hidden)
         return Dense((x.shape[-1],), self.dtype, name='down')(hidden)
 
