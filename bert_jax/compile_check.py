@@ -32,8 +32,9 @@ SEARCHED = ('batch', 'fsdp', 'tensor', 'remat', 'unroll', 'accumulation')
 def main() -> None:
     """Command line."""
     parser = cli.parser(__doc__)
-    parser.add_argument('--topology', metavar='NAME', required=True, help='v5e:4x4, or its name in the cloud, v5e-16')
-    parser.add_argument('--slices', type=int, metavar='N', default=1, help='slices joined by the data-centre network')
+    parser.add_argument('--topology', metavar='NAME', help='v5e:4x4, or its name in the cloud, v5e-16 '
+                                                           "(default: the config's, in configs/pods.py)")
+    parser.add_argument('--slices', type=int, metavar='N', help='slices joined by the data-centre network (default: 1)')
     parser.add_argument('--tokens', type=float, metavar='N', default=0, help='also: hours and chip-hours for N tokens')
     parser.add_argument('--search', nargs='+', metavar='KEY=V,V', default=(),
                         help=f'compile every combination of {", ".join(SEARCHED)}; batch is that of a device')
@@ -52,7 +53,10 @@ def check(config: ConfigDict, args: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
       UserError: no libtpu, an unknown topology, a mesh that does not fit it, a program that does not fit its memory.
     """
-    devices = topology.devices(args.topology, args.slices)
+    name = args.topology or ('topology' in config and config.topology)
+    if not name:
+        raise UserError('--topology NAME is missing, for example v5e-16.')
+    devices = topology.devices(name, args.slices or ('slices' in config and config.slices) or 1)
     if not config.model.embeddings.vocab_size:
         config.model.embeddings.vocab_size = VOCAB_SIZE
     if args.search:

@@ -1,0 +1,115 @@
+"""Compiles every config of configs/pods.py for its slice and writes the tables of docs/pods.md and of the config's header.
+
+    python benchmarks/pods.py --output runs/pods            # an hour on two cores; needs requirements-tpu.txt
+
+Configs that are there already are not compiled again. A published step is estimated beside them, to judge the estimator by.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+PUBLISHED = {  # MLPerf v1.0, BERT-large, 64 TPU v4, about 254 real tokens a sequence: sequences/s a chip
+    'published': ('v4:4x4x4', ['--config', 'configs/pretrain.py:large,bf16', '--config.phases=((1,256,2048),)', '--config.optimizer.name=lamb',
+                               '--config.model.encoder.unroll=1', '--config.model.encoder.remat=elementwise'], 195)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--output', required=True, type=pathlib.Path)
+    parser.add_argument('--only', default='', help='names with commas between them')
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, arguments in commands().items():
+        file = args.output / f'{name}.json'
+        if not file.exists() and (not args.only or name in args.only.split(',')):
+            print(name, flush=True)
+            done = subprocess.run([sys.executable, '-m', 'bert_jax.compile_check', *arguments, '--output', file], cwd=ROOT, text=True,
+                                  capture_output=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+            print(done.stdout + '\n'.join(done.stderr.splitlines()[-2:]), flush=True)
+        if file.exists():
+            found[name] = json.loads(file.read_text())
+    write(ROOT / 'docs' / 'pods.md', table(found))
+    write(ROOT / 'configs' / 'pods.py', header(found))
+
+
+def commands():
+    """name -> the arguments of compile_check."""
+    slices = runpy.run_path(str(ROOT / 'configs' / 'pods.py'))['SLICES']
+    return {name: ['--topology', topology, *arguments] for name, (topology, arguments, _) in PUBLISHED.items()} | {
+        f'{size}_{one}': ['--config', f'configs/pods.py:{size}_{one}'] for size in ('base', 'large') for one in slices}
+
+
+COLUMNS = {  # of both phases, with a slash between them
+    'a device': lambda p: f'{p["batch_size"] / p["devices"]:g}',
+    'memory, GiB': lambda p: f'{p["memory"]["total"] / 2**30:.1f}',
+    'step, ms': lambda p: f'{p["estimate"]["seconds"] * 1e3:.0f}',
+    'sequences/s': lambda p: f'{p["sequences_per_second"]:,.0f}',
+    'MFU': lambda p: f'{p["mfu"]:.0%}',
+    'limited by': lambda p: max(('products', 'memory', 'on chip', 'collectives'), key=lambda part: p['estimate'].get(part, 0)),
+    'gradients sent, of the least': lambda p: f'{sent(p):.2f}',
+    'compiled in, s': lambda p: f'{p["compile_seconds"]:.0f}',
+}
+
+
+def sent(phase):
+    """Bytes reduced over what the least would be."""
+    return sum(row['bytes'] for row in phase['collectives'] if row['kind'] in ('all-reduce', 'reduce-scatter')) / phase['least_gradient_bytes']
+
+
+def table(found):
+    """Markdown: a row a config."""
+    rows = [f'| config | devices | {" | ".join(COLUMNS)} | the whole training |', '|---' * (len(COLUMNS) + 3) + '|']
+    for name, phases in found.items():
+        if name not in PUBLISHED:
+            count = phases[0]['devices']
+            hours = sum(phase['steps'] * phase['estimate']['seconds'] for phase in phases) / 3600
+            cells = [' / '.join(make(phase) for phase in phases) for make in COLUMNS.values()]
+            rows.append(f'| `{name}` | {count} x {phases[0]["device"]}, {phases[0]["memory"]["available"] / 2**30:.1f} GiB | {" | ".join(cells)} '
+                        f'| {hours:,.1f} h, {hours * count:,.0f} device-hours |')
+    notes = [f'{sum(map(wrong, found.values()))} of {len(found)} programs have a state that is not updated in place, a buffer of all positions times '
+             'the vocabulary, a float32 product in the trunk, or a reduction inside the micro-batch loop.', '', judged(found)]
+    return '\n'.join([*rows, '', *notes])
+
+
+def wrong(phases):
+    return any(not phase['memory']['state_aliased'] or any(phase['findings'].values()) for phase in phases)
+
+
+def judged(found):
+    lines = []
+    for name, (topology, _, measured) in PUBLISHED.items():
+        if name in found:
+            (phase,) = found[name]
+            ours = phase['sequences_per_second'] / phase['devices']
+            lines.append(f'The estimator beside what is known: for BERT-large at 256 tokens on {topology} it says {ours:.0f} sequences/s a chip for this program; '
+                         f'Google reached {measured} with theirs (MLPerf v1.0, about 254 real tokens a sequence).')
+    return ' '.join(lines)
+
+
+def header(found):
+    lines = []
+    for name, phases in found.items():
+        if name not in PUBLISHED:
+            lines.append(f'    {name:<18}' + '; '.join(
+                f'{phase["length"]}: {phase["memory"]["total"] / 2**30:5.1f} GiB, {phase["estimate"]["seconds"] * 1e3:6.0f} ms, MFU {phase["mfu"]:4.0%}'
+                for phase in phases))
+    return '\n'.join(lines)
+
+
+def write(path, text):
+    """Between the two marks of a file."""
+    begin, end = ('<!-- written by benchmarks/pods.py -->', '<!-- to here -->') if path.suffix == '.md' else ('(written by benchmarks/pods.py)', '(to here)')
+    before, _, rest = path.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    path.write_text(f'{before}{begin}\n{text}\n{end}{after}')
+
+
+if __name__ == '__main__':
+    main()

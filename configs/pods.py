@@ -1,0 +1,64 @@
+"""BERT-base and BERT-large on TPU slices, from one board to two slices of 256 chips.
+
+    python -m bert_jax.compile_check --config configs/pods.py:base_v5e_16 --tokens 43e9
+    bash launch/tpu.sh run my-slice --store gs://B/store --workdir gs://B/run -- --config configs/pods.py:base_v5e_16
+
+The argument is SIZE_SLICE. All are trained on the paper's number of examples (Devlin et al. 2019, A.2), nine tenths of
+them at length 128, in bfloat16, with LAMB and the square-root rule for large batches (You et al. 2020, table 4). What
+each needs and takes by the TPU compiler (memory a device, estimated step, MFU at both lengths) stands here and, with
+more, in docs/pods.md:
+
+(written by benchmarks/pods.py)
+(to here)
+"""
+
+import importlib.util
+import pathlib
+
+EXAMPLES = 256_000_000            # the paper's: a million steps of 256
+LONG = 0.1                        # of them at length 512
+# slice: topology, slices, examples a device at length 128 for base and large; a quarter of that at 512
+SLICES = {
+    'v3_32': ('v3:4x4', 1, 32, 8), 'v4_64': ('v4:2x4x4', 1, 64, 32), 'v5e_16': ('v5e:4x4', 1, 64, 32),
+    'v5e_64': ('v5e:8x8', 1, 64, 32), 'v5e_256': ('v5e:16x16', 1, 32, 16), 'v5p_32': ('v5p:2x2x4', 1, 128, 64),
+    'v6e_16': ('v6e:4x4', 1, 128, 64), 'v6e_256': ('v6e:16x16', 1, 64, 32), '2x_v5e_256': ('v5e:16x16', 2, 32, 16),
+}
+
+
+def get_config(arg='base_v5e_16'):
+    size, _, name = arg.partition('_')
+    if size not in ('base', 'large') or name not in SLICES:
+        raise ValueError(f'unknown {arg!r}; base_ or large_ and one of {", ".join(SLICES)}')
+    topology, slices, base, large = SLICES[name]
+    batch_size = {'base': base, 'large': large}[size] * devices(topology) * slices
+
+    c = _pretrain().get_config(f'{size},bf16')
+    c.phases = ((round(EXAMPLES * (1 - LONG) / batch_size), 128, batch_size),
+                (round(EXAMPLES * LONG / (batch_size // 4)), 512, batch_size // 4))
+    c.model.encoder.unroll = 1              # a scan over the layers: compiles six times faster
+    c.model.encoder.remat = 'elementwise'   # what is cheap is computed again instead of kept
+    c.optimizer.name = 'lamb'
+    c.schedule.peak = 6.25e-4 * (batch_size / 512)**0.5
+    c.schedule.warmup_steps = round(sum(steps for steps, _, _ in c.phases) * min(0.2, batch_size / 512 / 320))
+    c.log_every = 50
+    c.eval_every = c.save_every = 1_000
+    c.eval_batch_size = devices(topology) * slices * 8
+    c.topology, c.slices = topology, slices  # what compile_check compiles for
+    return c
+
+
+def devices(topology):
+    """Devices as JAX counts them: on v3 a core, elsewhere a chip."""
+    generation, _, layout = topology.partition(':')
+    count = 2 if generation == 'v3' else 1
+    for extent in layout.split('x'):
+        count *= int(extent)
+    return count
+
+
+def _pretrain():
+    """configs/pretrain.py, whatever folder the command is given in."""
+    spec = importlib.util.spec_from_file_location('pretrain', pathlib.Path(__file__).with_name('pretrain.py'))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
