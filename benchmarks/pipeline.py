@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline.py --store STORE --repeats 5
 
-Every sequence is a new example with new masks (MLM + NSP); a sample of the batches is compared with `batch()`.
+Every sequence is a new example with new masks (MLM + NSP), one a row or packed; a sample of the batches is compared with `batch()`.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from bert_jax.data import batches, examples, store
+from bert_jax.data import batches, examples, plan, store
 
 
 def main():
@@ -22,18 +22,21 @@ def main():
     args = parser.parse_args()
     data = store.load(args.store)
     for length, steps in ((128, 600), (512, 250)):
-        for masking in ('token', 'whole_word'):
-            source = examples.Examples(data.train, data.tokenizer, 0, length, masking=masking)
+        for masking, packed in (('token', 0), ('whole_word', 0), ('token', 1), ('token', 2)):
+            source = examples.Examples(data.train, data.tokenizer, 0, length, masking=masking, packed=packed)
             start = time.perf_counter()
             size = source.epoch_size
             planning = time.perf_counter() - start
-            steps = min(steps, size // args.batch_size)
-            print(f'length {length}, {masking}: plan of {size:,} examples in {planning:.2f} s '
+            taken = min(steps, size // args.batch_size)
+            real = plan.lengths(source.plan(0), source.pairing)
+            print(f'length {length}, {masking}, packed {packed}: plan of {len(real):,} examples in {size:,} rows of {source.row_length}, '
+                  f'{real.sum() / size / source.row_length:.1%} real tokens, in {planning:.2f} s '
                   f'({len(data.train.sentence_lengths) / planning:,.0f} sentences/s)')
+            each = len(real) / size  # examples a row
             for name, stream in batches.STREAMS.items():
-                rates = [measure(stream, source, args.batch_size, steps) for _ in range(args.repeats)]
+                rates = [each * measure(stream, source, args.batch_size, taken) for _ in range(args.repeats)]
                 print(f'  {name:<8}{statistics.median(rates):10,.0f} sequences/s '
-                      f'({min(rates):,.0f}-{max(rates):,.0f}, n = {len(rates)}; {steps} batches of {args.batch_size})')
+                      f'({min(rates):,.0f}-{max(rates):,.0f}, n = {len(rates)}; {taken} batches of {args.batch_size})')
 
 
 def measure(stream, source, batch_size, steps):

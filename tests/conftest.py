@@ -6,8 +6,13 @@ import pydoc_data.topics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
+import filelock
 import pytest
+
+# Small models for seconds: what counts is how long they compile.
+os.environ['XLA_FLAGS'] = f'--xla_backend_optimization_level=1 {os.environ.get("XLA_FLAGS", "")}'
 
 import bert_jax  # noqa: F401 - first: it sets the flags that JAX's backend opens with
 
@@ -46,27 +51,41 @@ def expect_error(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in lines[0], (word, lines[0])
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """What `make` writes at a path, made by the first of the test processes that needs it; tests only read it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+    with filelock.FileLock(folder / f'{name}.lock'):
+        if not (folder / f'{name}.made').exists():
+            make(folder / name)
+            (folder / f'{name}.made').touch()
+    return folder / name
+
+
+def run_once(tmp_path_factory: pytest.TempPathFactory, name: str, module: str, *args: str) -> pathlib.Path:
+    """`made_once` by a command, to which the path is given last."""
+    def make(path: pathlib.Path) -> None:
+        result = run_module(module, *args, path)
+        assert result.returncode == 0, result.stderr
+
+    return made_once(tmp_path_factory, name, make)
+
+
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return write_corpus(tmp_path_factory.mktemp('corpus') / 'topics.txt')
+    return made_once(tmp_path_factory, 'topics.txt', write_corpus)
 
 
 @pytest.fixture(scope='session')
 def vocab(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A WordPiece vocabulary of 1,000 entries, a number that no hardware likes."""
-    folder = tmp_path_factory.mktemp('vocab') / 'wordpiece'
-    result = run_module('vocab', '--input', corpus, '--vocab_size', '1003', '--lowercase', '--output', folder)
-    assert result.returncode == 0, result.stderr
-    return folder
+    return run_once(tmp_path_factory, 'wordpiece', 'vocab', '--input', corpus, '--vocab_size', '1003', '--lowercase', '--output')
 
 
 @pytest.fixture(scope='session')
 def sentencepiece_vocab(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp('vocab') / 'sentencepiece'
-    result = run_module('vocab', '--input', corpus, '--vocab_size', '1003', '--kind', 'sentencepiece',
-                        '--output', folder)
-    assert result.returncode == 0, result.stderr
-    return folder
+    return run_once(tmp_path_factory, 'sentencepiece', 'vocab', '--input', corpus, '--vocab_size', '1003', '--kind', 'sentencepiece',
+                    '--output')
 
 
 @pytest.fixture(scope='session')
@@ -74,9 +93,8 @@ def store_path(corpus: pathlib.Path, vocab: pathlib.Path, tmp_path_factory: pyte
     from bert_jax import prepare
     from bert_jax.data import corpora
 
-    path = tmp_path_factory.mktemp('store') / 'store'
-    prepare.prepare([str(corpus)], str(vocab), str(path), corpora.Reader(), held_out=0.15)
-    return path
+    return made_once(tmp_path_factory, 'store', lambda path: prepare.prepare(
+        [str(corpus)], str(vocab), str(path), corpora.Reader(), held_out=0.15))
 
 
 @pytest.fixture(scope='session')
@@ -96,8 +114,5 @@ TINY = ['--config.phases=((6,64,8),(4,96,8))', '--config.model.encoder.num_layer
 @pytest.fixture(scope='session')
 def pretrained(store_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The workdir of a very small pre-trained model."""
-    work = tmp_path_factory.mktemp('pretrained') / 'work'
-    result = run_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}',
-                        '--workdir', work, *TINY)
-    assert result.returncode == 0, result.stderr
-    return work
+    return run_once(tmp_path_factory, 'pretrained', 'pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}',
+                    *TINY, '--workdir')

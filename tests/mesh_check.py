@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import models
 import numpy as np
+from ml_collections import ConfigDict
 
-from bert_jax import optimizer, partition, train
-from bert_jax.data import batches
+from bert_jax import evaluate, optimizer, partition, train
+from bert_jax.data import batches, encoded
+from bert_jax.model import model as model_parts
 
 STEPS = 10
 SETTINGS = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6, 'weight_decay': 0.01, 'clip_norm': 1.0, 'bias_correction': True}
@@ -97,6 +99,21 @@ def dropout_rows():
     return found
 
 
+def evaluation(devices, batch_size):
+    """Logits and loss of 29 examples in the order of the data; what a row of padding adds would show."""
+    mesh = partition.make_mesh((devices, 1, 1), devices=jax.devices()[:devices])
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(5, models.V, size).tolist(), int(size)) for size in rng.integers(3, 14, 29)]
+    data = encoded.collect(rows, {'label_ids': rng.integers(0, 3, 29).astype(np.int32)}, pad_id=0, lengths=(6, 8, 14))
+    config = models.config()
+    config.targets = ConfigDict({'classification': {'num_classes': 3, 'dropout_rate': 0.0, 'weight': 1.0}})
+    model = model_parts.build(config)
+    params = models.random_params(model, data.make(np.arange(1), 1))
+    step, sharding = evaluate.make_eval_step(model, mesh), partition.batch_sharding(mesh)
+    outputs, loss = evaluate.predict(lambda batch: step(params, batches.place(batch, sharding)), data, batch_size, 'classification')
+    return [*outputs['logits'].ravel().tolist(), loss]
+
+
 CASES = {'1 device': ((1, 1, 1), 1), '8 data': ((8, 1, 1), 1), '2 data x 4 fsdp': ((2, 4, 1), 1),
          '2 data x 2 fsdp x 2 tensor': ((2, 2, 2), 1), '1 device, accumulation 4': ((1, 1, 1), 4),
          '8 data, accumulation 4': ((8, 1, 1), 4), '2 data x 2 fsdp x 2 tensor, accumulation 4': ((2, 2, 2), 4)}
@@ -110,7 +127,8 @@ def main():
         result['norm_error'] = float(np.linalg.norm(result['params'] - reference['params']) / np.linalg.norm(reference['params']))
     for result in results.values():
         del result['params']
-    print(json.dumps(results | {'dropout_rows': dropout_rows(), 'count': int(sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(
+    evaluations = [evaluation(*case) for case in ((1, 4), (1, 29), (2, 6), (8, 8), (8, 32))]
+    print(json.dumps(results | {'dropout_rows': dropout_rows(), 'evaluations': evaluations, 'count': int(sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(
         lambda: models.build().init(jax.random.key(0), jax.tree.map(jnp.asarray, global_batch(0)), train=False)))) or 0)}))
 
 

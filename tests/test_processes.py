@@ -42,7 +42,7 @@ class Hosts:
             if count > 1:
                 command += ['--coordinator', f'127.0.0.1:{port}', '--num_processes', str(count), '--process_id', str(i)]
             env = os.environ | {'PYTHONPATH': str(ROOT), 'HOME': str(home),
-                                'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES // count}'}
+                                'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={DEVICES // count}'}
             self.processes.append(subprocess.Popen(list(map(str, command)), cwd=home, env=env, text=True,
                                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE))
 
