@@ -42,7 +42,7 @@ def test_fused_attention_gives_the_same_losses_and_gradients(example, implementa
             losses = model.apply({'params': params}, example, train=False, method='losses')
             return sum(terms['loss'].total / terms['loss'].count for terms in losses.values())
 
-        return jax.value_and_grad(loss)(params)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
     expected = value_and_gradient(plain)
     monkeypatch.setattr(encoders, 'choose_attention', lambda _: 'cudnn')  # any but 'xla' goes the fused way

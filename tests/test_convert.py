@@ -18,7 +18,7 @@ import torch
 import transformers
 from conftest import ROOT, expect_error, run_module
 
-from bert_jax import convert, pretrained, tf_bundle
+from bert_jax import cli, convert, pretrained, tf_bundle
 from bert_jax.cli import UserError
 
 ORIGINAL = {  # google-research/bert, modeling.py: name -> shape as a function of sizes, written down from its code
@@ -423,12 +423,16 @@ def test_training_goes_on_from_a_hugging_face_folder(store_path, vocab, tmp_path
     done = run_module(*args, '--workdir', tmp_path / 'work')
     assert done.returncode == 0, done.stderr
     assert 'left behind: pooler, targets_nsp' in done.stdout
+    expect_error(run_module(*args, '--config.model.encoder.num_layers=3', '--workdir', tmp_path / 'bad'),
+                 'another architecture', 'num_layers is 2 there, 3')
+    source = pretrained.load(str(tmp_path / 'hf'))
     for override, words in {
-            '--config.model.encoder.activation=gelu': ("activation is 'gelu_new' there, 'gelu' in the config",),
-            '--config.model.encoder.num_heads=4': ('num_heads is 2 there, 4',),
-            '--config.model.embeddings.max_length=112': ('max_length is 128 there, 112',),
-            '--config.model.encoder.num_layers=3': ('num_layers is 2 there, 3',)}.items():
-        expect_error(run_module(*args, override, '--workdir', tmp_path / 'bad'), 'another architecture', *words)
+            'encoder.activation=gelu': "activation is 'gelu_new' there, 'gelu' in the config",
+            'encoder.num_heads=4': 'num_heads is 2 there, 4', 'embeddings.max_length=112': 'max_length is 128 there, 112'}.items():
+        config = cli.load_config('configs/pretrain.py:tiny,no_nsp', [*TINY, f'--config.model.{override}'])
+        config.model.embeddings.vocab_size = 1003
+        with pytest.raises(UserError, match=words):
+            pretrained.check_fits(config.model, source, 'hf')
     shutil.copytree(tmp_path / 'hf', tmp_path / 'other')
     pieces = (vocab / 'vocab.txt').read_text().split('\n')
     (tmp_path / 'other' / 'vocab.txt').write_text('\n'.join([*pieces[:-3], pieces[-2], pieces[-3], '']))
@@ -436,21 +440,22 @@ def test_training_goes_on_from_a_hugging_face_folder(store_path, vocab, tmp_path
                  'its tokenizer', 'is not the one of the data')
 
 
-def test_fine_tuning_and_prediction_start_from_hugging_face_and_tf1(hf, tmp_path):
+def test_fine_tuning_and_prediction_start_from_tf1(tmp_path):
+    """And go out to transformers; every task of test_tasks starts from a Hugging Face folder."""
     rows = [f'{"w1 w2" if i % 2 else "w3 w4"} w{i % 7 + 5},{"ab"[i % 2]}' for i in range(48)]
     (tmp_path / 'rows.csv').write_text('text,label\n' + '\n'.join(rows) + '\n')
-    for source in (hf, tf1_folder(tmp_path / 'tf1', original())):
-        done = run_module('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={source}',
-                          f'--config.task.train_file={tmp_path / "rows.csv"}', '--config.max_length=16', '--config.num_lengths=1',
-                          '--config.batch_size=8', '--config.epochs=2', '--workdir', tmp_path / f'{source.name}_tuned')
-        assert done.returncode == 0, done.stderr
-        convert.convert(str(tmp_path / f'{source.name}_tuned'), str(tmp_path / f'{source.name}_out'), 'hf')
-        pipe = transformers.pipeline('text-classification', str(tmp_path / f'{source.name}_out'), top_k=None)
-        theirs = {row['label']: row['score'] for row in pipe('w1 w2 w9')[0]}
-        done = run_module('predict', '--init_from', tmp_path / f'{source.name}_out', '--json', 'w1 w2 w9')
-        ours = json.loads(done.stdout)['scores']
-        assert ours.keys() == theirs.keys() == {'a', 'b'}
-        np.testing.assert_allclose([ours[k] for k in 'ab'], [theirs[k] for k in 'ab'], atol=1e-5)
+    source = tf1_folder(tmp_path / 'tf1', original())
+    done = run_module('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={source}',
+                      f'--config.task.train_file={tmp_path / "rows.csv"}', '--config.max_length=16', '--config.num_lengths=1',
+                      '--config.batch_size=8', '--config.epochs=2', '--workdir', tmp_path / 'tuned')
+    assert done.returncode == 0, done.stderr
+    convert.convert(str(tmp_path / 'tuned'), str(tmp_path / 'out'), 'hf')
+    pipe = transformers.pipeline('text-classification', str(tmp_path / 'out'), top_k=None)
+    theirs = {row['label']: row['score'] for row in pipe('w1 w2 w9')[0]}
+    done = run_module('predict', '--init_from', tmp_path / 'out', '--json', 'w1 w2 w9')
+    ours = json.loads(done.stdout)['scores']
+    assert ours.keys() == theirs.keys() == {'a', 'b'}
+    np.testing.assert_allclose([ours[k] for k in 'ab'], [theirs[k] for k in 'ab'], atol=1e-5)
 
 
 def test_a_tree_survives_its_own_names(hf):

@@ -1,6 +1,7 @@
 """Vectors of texts against Hugging Face, and the frozen encoder under a BiLSTM."""
 
 import json
+import types
 
 import h5py
 import jax
@@ -99,7 +100,7 @@ def test_the_last_four_of_three_layers_are_refused(tmp_path):
     expect_error(run_module(*args, '--output', tmp_path / 'in.txt'), 'not an empty folder')
 
 
-@pytest.mark.parametrize('features', ['embeddings', 'second_to_last', 'last', 'sum_last4', 'concat_last4', 'sum_all'])
+@pytest.mark.parametrize('features', ['second_to_last', 'concat_last4', 'sum_all'])  # a layer, a concatenation, a learned sum
 def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, model, tmp_path):  # noqa: F811
     c = config('conll2003', model, make('conll2003', tmp_path), 'epochs=30.0', 'evals_per_epoch=1', f'task.features={features}',
                'task.lstm_size=24', "frozen=('embeddings','encoder')", 'schedule.peak=1e-2')
@@ -114,6 +115,16 @@ def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, m
     params, _, _ = checkpoint.load_params(tmp_path / 'work', best='dev/f1')
     for part in ('embeddings', 'encoder'):
         jax.tree.map(np.testing.assert_array_equal, params[part], job.source.params[part])
+
+
+def test_which_layers_each_row_of_table_7_takes():
+    hidden = np.random.default_rng(0).normal(size=(13, 2, 3, 4)).astype(np.float32)  # embeddings and twelve layers
+    expected = {'embeddings': hidden[0], 'second_to_last': hidden[11], 'last': hidden[12], 'concat_last4': np.concatenate(hidden[9:], -1),
+                'sum_last4': hidden[9:].mean(0), 'sum_all': hidden[1:].mean(0)}  # before anything is learned the weights are equal
+    for features, wanted in expected.items():
+        head = types.SimpleNamespace(features=features, param=lambda name, init, shape: init(jax.random.key(0), shape))
+        found = BiLstmTagging._features(head, hidden)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_bilstm_equals_pytorch():
