@@ -1,12 +1,13 @@
 """Compiles a training step for a TPU slice, without a TPU, and says what it would take: memory, traffic, time.
 
-    python -m bert_jax.compile_check --config configs/pretrain.py:base,bf16 --topology v5e:4x4 --tokens 100e9
+    python -m bert_jax.compile_check --config configs/pods.py:base_v5e_16 --tokens 100e9
     python -m bert_jax.compile_check --config configs/pretrain.py:base,bf16 --topology v4-64 --search batch=32,64
 
 The real step with the real shardings goes through the real TPU compiler, once for each phase of the config. Memory
 and collectives are read from the compiled program. The time is an estimate: each fusion takes the longest of its
 products at the peak, its bytes at the memory's bandwidth, and the compiler's own count of cycles; loops count as often
-as they run; collectives are added. It has not been held against a real slice yet.
+as they run; copies and collectives that run beside others cost what is waited for. It has not been held against a
+real slice yet.
 
 Needs `pip install -r requirements-tpu.txt`; runs on any machine.
 """

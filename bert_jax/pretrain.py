@@ -55,7 +55,6 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
       Stopped: told to stop; a checkpoint is saved.
     """
     clock, stop = startup.Startup(), distributed.stop_notice()
-    batches.import_ahead(config.pipeline)
     data = load_store(config)
     set_vocab_size(config.model, data.tokenizer.vocab_size)
     with config.unlocked():
@@ -71,6 +70,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length,
                                                config.packed) for phase in phases}
 
+    batches.import_ahead(config.pipeline)
     clock.done('data')
     state = train.make_init(model, tx, example, mesh)(config.seed)
     if source is not None:

@@ -13,8 +13,12 @@ more, in docs/pods.md:
 (to here)
 """
 
-import importlib.util
+import math
 import pathlib
+
+from bert_jax import cli
+
+PRETRAIN = pathlib.Path(__file__).with_name('pretrain.py')
 
 EXAMPLES = 256_000_000            # the paper's: a million steps of 256
 LONG = 0.1                        # of them at length 512
@@ -33,7 +37,7 @@ def get_config(arg='base_v5e_16'):
     topology, slices, base, large = SLICES[name]
     batch_size = {'base': base, 'large': large}[size] * devices(topology) * slices
 
-    c = _pretrain().get_config(f'{size},bf16')
+    c = cli.load_config(f'{PRETRAIN}:{size},bf16', [])
     c.phases = ((round(EXAMPLES * (1 - LONG) / batch_size), 128, batch_size),
                 (round(EXAMPLES * LONG / (batch_size // 4)), 512, batch_size // 4))
     c.model.encoder.unroll = 1              # a scan over the layers: compiles six times faster
@@ -44,22 +48,12 @@ def get_config(arg='base_v5e_16'):
     c.log_every = 50
     c.eval_every = c.save_every = 1_000
     c.eval_batch_size = devices(topology) * slices * 8
-    c.topology, c.slices = topology, slices  # what compile_check compiles for
+    with c.unlocked():
+        c.topology, c.slices = topology, slices  # what compile_check compiles for
     return c
 
 
 def devices(topology):
     """Devices as JAX counts them: on v3 a core, elsewhere a chip."""
     generation, _, layout = topology.partition(':')
-    count = 2 if generation == 'v3' else 1
-    for extent in layout.split('x'):
-        count *= int(extent)
-    return count
-
-
-def _pretrain():
-    """configs/pretrain.py, whatever folder the command is given in."""
-    spec = importlib.util.spec_from_file_location('pretrain', pathlib.Path(__file__).with_name('pretrain.py'))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return math.prod(map(int, layout.split('x'))) * (2 if generation == 'v3' else 1)

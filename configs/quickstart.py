@@ -5,12 +5,15 @@
 Without dropout: a model this small, trained this briefly, has nothing to forget.
 """
 
-import importlib.util
 import pathlib
+
+from bert_jax import cli
+
+PRETRAIN = pathlib.Path(__file__).with_name('pretrain.py')
 
 
 def get_config():
-    c = _pretrain().get_config('tiny')
+    c = cli.load_config(f'{PRETRAIN}:tiny', [])
     c.phases = ((1500, 128, 32), (150, 512, 16))
     c.model.embeddings.dropout_rate = 0.0
     c.schedule.peak = 1e-3  # at 2e-3 it stays at the unigram model
@@ -19,11 +22,3 @@ def get_config():
     c.eval_every = c.save_every = 500
     c.eval_examples = 512
     return c
-
-
-def _pretrain():
-    """configs/pretrain.py, whatever folder the command is given in."""
-    spec = importlib.util.spec_from_file_location('pretrain', pathlib.Path(__file__).with_name('pretrain.py'))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

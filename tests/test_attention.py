@@ -48,7 +48,8 @@ def test_fused_attention_gives_the_same_losses_and_gradients(example, implementa
     monkeypatch.setattr(encoders, 'choose_attention', lambda _: 'cudnn')  # any but 'xla' goes the fused way
     monkeypatch.setattr(layers, 'fused_attention', functools.partial(as_implementation, implementation, layers.fused_attention))
     found = value_and_gradient(fused)
-    close = functools.partial(np.testing.assert_allclose, rtol=2e-2 if ON_GPU else 1e-5, atol=2e-2 if ON_GPU else 1e-6)
+    tolerance = {'float32': {'rtol': 1e-5, 'atol': 1e-6}, 'bfloat16': {'rtol': 2e-2, 'atol': 2e-2}}[dtype]
+    close = functools.partial(np.testing.assert_allclose, **tolerance)
     close(found[0], expected[0])
     jax.tree.map(close, found[1], expected[1])
 

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import importlib
 import itertools
 import os
@@ -43,8 +44,12 @@ def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[B
 
 def import_ahead(stream: str) -> None:
     """Begins to import what a stream needs, while the caller compiles: tensorflow takes seconds."""
+    def load() -> None:
+        with contextlib.suppress(ImportError):  # the stream itself says so
+            importlib.import_module('tensorflow')
+
     if stream == 'tf':
-        threading.Thread(target=importlib.import_module, args=('tensorflow',), daemon=True).start()
+        threading.Thread(target=load, daemon=True).start()
 
 
 def thread_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
