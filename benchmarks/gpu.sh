@@ -8,7 +8,7 @@
 # (pip download --no-deps -d wheels ml_collections; WHEELS=wheels bash benchmarks/gpu.sh). LAYERS=2 BATCH=2 REPEATS=1 tries it on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-runs/gpu}
+out=$(realpath -m "${1:-runs/gpu}")
 python=${PYTHON:-python3}
 platform=cuda
 [ -z "${LAYERS:-}" ] || platform=cpu
@@ -16,14 +16,14 @@ mkdir -p "$out"
 rm -f "$out/gpu.json"
 if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$out/site" "$WHEELS"/*.whl
-  export PYTHONPATH=$PWD/$out/site:${PYTHONPATH:-}
+  export PYTHONPATH=$out/site:${PYTHONPATH:-}
 fi
 BERT_JAX_TEST_PLATFORM=$platform "$python" -m pytest -q -W ignore -p no:cacheprovider tests/test_attention.py -k fused 2>&1 | tail -n 3 | tee "$out/gpu.txt" || true
 
 measure() { # SIZE LENGTH BATCH DROPOUT SIDES
   if [ "$SECONDS" -gt "${LIMIT:-500}" ]; then echo "left out, for time: $*" | tee -a "$out/gpu.txt"; return; fi
   local small=()
-  [ -z "${LAYERS:-}" ] || small=("--config.model.encoder.num_layers=$LAYERS" "--config.model.embeddings.hidden_size=128")
+  [ -z "${LAYERS:-}" ] || small=("--config.model.encoder.num_layers=$LAYERS" "--config.model.embeddings.hidden_size=128" "--config.model.encoder.num_heads=2")
   "$python" benchmarks/train_step.py --config "configs/pretrain.py:$1,bf16" --length "$2" --batch_size "${BATCH:-$3}" \
     --config.model.encoder.attention_dropout_rate="$4" "${small[@]}" --sides "$5" --repeats "${REPEATS:-5}" --turn "${TURN:-10}" \
     --json "$out/gpu.json" 2> "$out/errors.txt" | tee -a "$out/gpu.txt" || { echo "failed: $*"; tail -n 5 "$out/errors.txt"; } | tee -a "$out/gpu.txt"

@@ -33,7 +33,7 @@ def main():
     args = parser.parse_args()
     if args.peer:
         name, text, output = args.peer
-        {'datasets': map_datasets, 'python_loop': python_loop}[name](text, args.tokenizer, output)
+        print({'datasets': map_datasets, 'python_loop': python_loop}[name](text, args.tokenizer, output))
         return
     if args.peers:
         compare(args)
@@ -49,7 +49,7 @@ def main():
 
 
 def compare(args):
-    """Each side in a fresh process, in turn, on the same text."""
+    """Each side in a fresh process, in turn, on the same text; the peers' seconds begin after their imports, ours before."""
     sides = {'bert_jax': [], 'datasets': [], 'python_loop': []}
     with tempfile.TemporaryDirectory() as folder:
         text = enlarge(args.input, pathlib.Path(folder) / 'text.txt', args.peer_megabytes * 10**6)
@@ -57,10 +57,9 @@ def compare(args):
         for number in range(args.repeats):
             sides['bert_jax'].append(run(text, args.tokenizer, pathlib.Path(folder) / f'store{number}')[0] / text.stat().st_size)
             for name, file in (('datasets', text), ('python_loop', short)):
-                start = time.perf_counter()
-                subprocess.run([sys.executable, __file__, *sys.argv[1:], '--peer', name, file, f'{folder}/{name}{number}'], check=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                sides[name].append((time.perf_counter() - start) / file.stat().st_size)
+                done = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--peer', name, file, f'{folder}/{name}{number}'],
+                                      check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                sides[name].append(float(done.stdout.split()[-1]) / file.stat().st_size)
     ours = statistics.median(sides['bert_jax'])
     for name, found in sides.items():
         rates = [1e-6 / seconds for seconds in found]
@@ -72,10 +71,12 @@ def map_datasets(text, vocab, output):
     import datasets
     import transformers
 
+    start = time.perf_counter()
     tokenizer = transformers.BertTokenizer(vocab, do_lower_case=True)
     lines = datasets.load_dataset('text', data_files=text, split='train', cache_dir=output)
     lines.map(lambda batch: tokenizer(batch['text'], add_special_tokens=False), batched=True, num_proc=2,
               remove_columns=['text']).save_to_disk(f'{output}/ids')
+    return time.perf_counter() - start
 
 
 def python_loop(text, vocab, output, length=128, mask_rate=0.15, most=20):
@@ -84,6 +85,7 @@ def python_loop(text, vocab, output, length=128, mask_rate=0.15, most=20):
     import tensorflow as tf
     from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
+    start = time.perf_counter()
     tokenizer, rng = BertTokenizerLegacy(vocab, do_lower_case=True), random.Random(0)
     words = list(tokenizer.vocab)
     documents = [[tokenizer.tokenize(line) for line in part.split('\n') if line]
@@ -110,6 +112,7 @@ def python_loop(text, vocab, output, length=128, mask_rate=0.15, most=20):
                             'next_sentence_labels': [int(is_random)]}
                 writer.write(tf.train.Example(features=tf.train.Features(feature={
                     name: tf.train.Feature(int64_list=tf.train.Int64List(value=value)) for name, value in features.items()})).SerializeToString())
+    return time.perf_counter() - start
 
 
 def pairs(documents, number, document, budget, rng):
@@ -139,6 +142,8 @@ def pairs(documents, number, document, budget, rng):
 
 def enlarge(pattern, path, size):
     sources = [pathlib.Path(name).read_text(encoding='utf-8') for name in sorted(glob.glob(pattern))]
+    if not any(sources):
+        sys.exit(f'{pattern}: no text there')
     with open(path, 'w', encoding='utf-8') as file:
         copy = 0
         while file.tell() < size:

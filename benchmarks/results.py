@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 
+from bert_jax.data import tasks
+
 ROOT = pathlib.Path(__file__).parent.parent
-FEATURES = ('embeddings', 'second_to_last', 'last', 'sum_last4', 'concat_last4', 'sum_all')
 CHOICE = 'multichoice/commonsenseqa_v1.0'
 FROZEN = ["--config.frozen=('embeddings','encoder')", '--config.schedule.peak=1e-3', '--config.epochs=5.0', '--config.task.lstm_size=768']
 
@@ -40,8 +41,8 @@ ROWS = [  # name, config, model, settings; seeds by name
     ('squad2', 'squad2', 'mini', files('squad/devsplit-v2.0.train.json', 'squad/devsplit-v2.0.heldout.json',
                                        '--config.schedule.peak=2e-4', '--config.max_length=256')),
     ('conll2003', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003', '--config.schedule.peak=2e-4']),
-    *((f'conll2003, {features}', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003',
-                                                       f'--config.task.features={features}', *FROZEN]) for features in FEATURES)]
+    *((f'conll2003_{features}', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003',
+                                                       f'--config.task.features={features}', *FROZEN]) for features in tasks.FEATURES)]
 SEEDS = {'cola': 5, 'mrpc': 5, 'stsb': 5, 'commonsenseqa': 5}  # else 3
 
 
@@ -54,6 +55,9 @@ def main():
     parser.add_argument('--only', default='', help='names with commas between them')
     parser.add_argument('--page', type=pathlib.Path, default=ROOT / 'docs' / 'results.md')
     args = parser.parse_args()
+    unknown = set(filter(None, args.only.split(','))) - {row[0] for row in ROWS}
+    if unknown:
+        parser.error(f'--only {", ".join(unknown)}: known are {", ".join(row[0] for row in ROWS)}')
     for name, task, model, settings in ROWS:
         if getattr(args, model) and (not args.only or name in args.only.split(',')):
             for scratch in (False, True):
@@ -62,7 +66,7 @@ def main():
 
 
 def folder(output, name, scratch):
-    return output / name.replace(', ', '_') / ('scratch' if scratch else 'pretrained')
+    return output / name / ('scratch' if scratch else 'pretrained')
 
 
 def run(args, name, task, model, settings, scratch):
@@ -71,9 +75,10 @@ def run(args, name, task, model, settings, scratch):
                *settings, f'--config.seeds={SEEDS.get(name, 3)}', *(['--config.from_scratch=True'] if scratch else []),
                '--workdir', str(work)]
     if not (work / 'sweep.json').exists():
-        subprocess.run([sys.executable, *(part.replace('$DATA', args.data) for part in command[1:])], cwd=ROOT, check=True)
-        commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip()
+        commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip()
+        work.mkdir(parents=True, exist_ok=True)
         (work / 'made.json').write_text(json.dumps({'command': shlex.join(command), 'commit': commit}))
+        subprocess.run([sys.executable, *(part.replace('$DATA', args.data) for part in command[1:])], cwd=ROOT, check=True)
 
 
 def page(output):
@@ -82,7 +87,7 @@ def page(output):
     commands = []
     for name, *_ in ROWS:
         found = [folder(output, name, scratch) for scratch in (False, True)]
-        if not all((work / 'made.json').exists() for work in found):
+        if not all((work / 'sweep.json').exists() for work in found):
             continue
         sweeps = [json.loads((work / 'sweep.json').read_text()) for work in found]
         made = json.loads((found[0] / 'made.json').read_text())

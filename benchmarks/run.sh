@@ -33,7 +33,9 @@ bench() { # NAME COMMAND...: its output, command and commit to NAME.txt
   [ -z "$only" ] || [[ ,$only, == *,$name,* ]] || return 0
   echo "== $name: $*"
   rm -f "$out/$name.json"
-  { printf '$ %s\n' "$*" | sed "s#$text#\$TEXT#; s#$vocab#\$VOCAB#; s#$sst2#\$SST2#"
+  local line="$*"
+  line=${line//"$text"/\$TEXT} line=${line//"$vocab"/\$VOCAB} line=${line//"$sst2"/\$SST2}
+  { echo "\$ $line"
     PYTHONPATH=$PWD "$@" 2> "$out/$name.err" || { echo 'failed:'; tail -n 3 "$out/$name.err"; }
   } | tee "$out/$name.partial"
   printf 'commit %s, %s\n' "$(git rev-parse --short HEAD)" "$(date +%F)" >> "$out/$name.partial"

@@ -41,7 +41,7 @@ def first_step(store, workdir, cache):
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, '-m', 'bert_jax.pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store}', '--workdir', workdir,
-         '--config.phases=((2,128,32),)', '--config.eval_examples=0', '--config.schedule.warmup_steps=1'],
+         '--config.phases=((2,128,32),)', '--config.eval_examples=0', '--config.schedule.warmup_share=0.5'],
         cwd=ROOT, env=environment(cache), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=1)
     for line in process.stdout:
         parts = PARTS.search(line)

@@ -62,8 +62,11 @@ def main():
     parser.add_argument('--lines', type=int, default=100_000)
     args = parser.parse_args()
     ours, legacy, lower = both(args.vocab)
+    files = sorted(glob.glob(args.input))
+    if not files:
+        parser.error(f'{args.input}: no such file')
     total, reasons = 0, collections.Counter()
-    with fileinput.input(sorted(glob.glob(args.input)), encoding='utf-8') as lines:
+    with fileinput.input(files, encoding='utf-8') as lines:
         for line in itertools.islice(lines, args.lines):
             line = line.rstrip('\n')
             total += 1

@@ -7,6 +7,8 @@
 import hashlib
 import os
 import pathlib
+import sys
+import warnings
 from importlib import metadata
 
 
@@ -20,6 +22,10 @@ def _avoid_wrong_numbers_on_cpu() -> None:
     flags = os.environ.get('XLA_FLAGS', '')
     if version >= (0, 10, 2) and flag not in flags:
         os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
+        bridge = sys.modules.get('jax._src.xla_bridge')
+        if bridge and bridge.backends_are_initialized():
+            warnings.warn('JAX has opened its backend before `import bert_jax`, which comes too late to turn off a '
+                          'fusion that gives wrong numbers on CPU: import bert_jax first.', stacklevel=3)
 
 
 def _keep_compiled_programs() -> None:

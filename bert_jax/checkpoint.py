@@ -23,16 +23,21 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from bert_jax import paths
-from bert_jax.cli import UserError
+from bert_jax.cli import UserError, last_line
 
 OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack or have besides
 
-# A write that fails is one line of ours. Orbax would log its traceback, and the others of that save, which fail
-# a little later, would each report that nobody waits for them any more.
-logging.getLogger('absl').setLevel(logging.CRITICAL)
-logging.getLogger('asyncio').setLevel(logging.CRITICAL)
-_unraisable = sys.unraisablehook
-sys.unraisablehook = lambda info: str(info.exc_value) == 'Event loop is closed' or _unraisable(info)
+
+def _quiet_failures() -> None:
+    """A write that fails is one line of ours.
+
+    Orbax would log its traceback, and the others of that save, which fail a little later, would each report that
+    nobody waits for them any more.
+    """
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda info: str(info.exc_value) == 'Event loop is closed' or before(info)
 
 
 class Checkpoints:
@@ -63,6 +68,7 @@ class Checkpoints:
         _meet(f'save {step}')
         rest = {'step': state.step, 'opt_state': state.opt_state}
         if self._orbax is None:
+            _quiet_failures()
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         try:
             self._orbax.save(folder, args=ocp.args.Composite(
@@ -92,8 +98,7 @@ class Checkpoints:
     def _failed(self, folder: epath.Path, error: Exception) -> UserError:
         steps = self.steps()
         last = f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no good checkpoint before it'
-        reason = str(error).strip().splitlines()
-        return UserError(f'{folder}: the checkpoint could not be saved ({reason[-1] if reason else type(error)}); '
+        return UserError(f'{folder}: the checkpoint could not be saved ({last_line(error)}); '
                          f'{last}. Put that right (a full disk?) and give the same command again: it resumes.')
 
     def _delete_old(self) -> None:
@@ -126,8 +131,14 @@ class Checkpoints:
         return max(steps, key=lambda step: (self.scores(step)[self._best], -step), default=None)
 
     def resume(self, state: Any) -> Any:
-        """The newest whole state, laid out as `state` is; `state` itself when there is none."""
+        """The newest whole state, laid out as `state` is; `state` itself when there is none.
+
+        Newer steps, which are damaged then, count as unfinished from here on.
+        """
         step = self.newest_whole() if jax.process_index() == 0 else None
+        for newer in self.steps() if jax.process_index() == 0 else ():
+            if step is None or newer > step:
+                (self._folder / f'{newer:08d}' / 'manifest.json').unlink()
         if jax.process_count() > 1:  # one reads and compares; all do as it says
             step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
             step = None if step < 0 else step
@@ -188,7 +199,7 @@ def write_params(folder: epath.PathLike, params: Any, scores: dict[str, float]) 
             writer.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
         _write_manifest(step, 0, scores)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f'{step}: could not be written ({str(error).strip().splitlines()[-1][:200]}).') from error
+        raise UserError(f'{step}: could not be written ({last_line(error)[:200]}).') from error
 
 
 def _write_manifest(folder: epath.Path, step: int, scores: dict[str, float]) -> None:

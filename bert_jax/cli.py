@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import difflib
+import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -36,11 +38,29 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def last_line(error: Exception) -> str:
+    """What it says last."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def choose(kind: str, registry: dict[str, Any], name: str) -> Any:
     """`registry[name]`, or an error that lists the choices."""
     if name not in registry:
         raise unknown(kind, name, registry)
     return registry[name]
+
+
+RANGES = {'seed': (0, 2**32 - 1), 'log_every': (1, math.inf), 'keep_checkpoints': (1, math.inf),  # of every config
+          'accumulation': (1, math.inf), 'schedule.peak': (0, math.inf), 'schedule.warmup_share': (0, 1)}
+
+
+def check_ranges(config: ConfigDict, ranges: dict[str, tuple[float, float]]) -> None:
+    """Refuses numbers of a config, by their keys, that are outside [lowest, highest]."""
+    for key, (lowest, highest) in ranges.items():
+        value = functools.reduce(lambda node, part: node[part], key.split('.'), config)
+        if not lowest <= value <= highest:
+            expected = f'{lowest:g} or more' if highest == math.inf else f'{lowest:g} to {highest:g}'
+            raise UserError(f'--config.{key}={value}: {expected} is expected.')
 
 
 def parser(doc: str, **kwargs: Any) -> argparse.ArgumentParser:
@@ -71,7 +91,7 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
     if not os.path.exists(file):
         raise UserError(f'Config file {file} does not exist.')
     config = _evaluate(path, [])
-    known = _leaves(config)
+    known = _keys(config)
     for override in overrides:
         key, separator, _ = override.removeprefix('--config.').partition('=')
         if not separator:
@@ -88,14 +108,14 @@ def _evaluate(path: str, overrides: list[str]) -> ConfigDict:
         values(argv)
         return values[holder.name].value
     except Exception as error:  # whatever the config file itself raises, too
-        raise UserError(f'Config {path}: {str(error).splitlines()[-1]}') from error
+        raise UserError(f'Config {path}: {last_line(error)}') from error
 
 
-def _leaves(config: ConfigDict, prefix: str = '') -> list[str]:
+def _keys(config: ConfigDict, prefix: str = '') -> list[str]:
     names = []
     for key, value in config.items(preserve_field_references=True):
         if isinstance(value, ConfigDict):
-            names += _leaves(value, f'{prefix}{key}.')
+            names += _keys(value, f'{prefix}{key}.')
         names.append(f'{prefix}{key}')
     return names
 

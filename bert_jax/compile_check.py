@@ -30,6 +30,10 @@ VOCAB_SIZE = 30522  # where the config leaves it to the tokenizer
 SEARCHED = ('batch', 'fsdp', 'tensor', 'remat', 'unroll', 'accumulation')
 
 
+class TooMuch(UserError):
+    """The program needs more memory than the device has."""
+
+
 def main() -> None:
     """Command line."""
     parser = cli.parser(__doc__)
@@ -38,7 +42,8 @@ def main() -> None:
     parser.add_argument('--slices', type=int, metavar='N', help='slices joined by the data-centre network (default: 1)')
     parser.add_argument('--tokens', type=float, metavar='N', default=0, help='also: hours and chip-hours for N tokens')
     parser.add_argument('--search', nargs='+', metavar='KEY=V,V', default=(),
-                        help=f'compile every combination of {", ".join(SEARCHED)}; batch is that of a device')
+                        help=f'compile every combination of {", ".join(SEARCHED)}, for the first phase; batch is '
+                             'that of a device')
     parser.add_argument('--parameters', action='store_true', help="also: every parameter's sharding and bytes")
     parser.add_argument('--output', metavar='FILE.json', help='also write the figures there')
     parser.add_argument('--text', metavar='DIR', help='also write the compiled programs there')
@@ -52,7 +57,8 @@ def check(config: ConfigDict, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compiles and prints; returns the figures of each phase or combination.
 
     Raises:
-      UserError: no libtpu, an unknown topology, a mesh that does not fit it, a program that does not fit its memory.
+      UserError: no libtpu, an unknown topology, a mesh that does not fit it, a program that does not fit its memory
+        (with a setting that does).
     """
     name = args.topology or ('topology' in config and config.topology)
     if not name:
@@ -60,11 +66,18 @@ def check(config: ConfigDict, args: argparse.Namespace) -> list[dict[str, Any]]:
     devices = topology.devices(name, args.slices or ('slices' in config and config.slices) or 1)
     if not config.model.embeddings.vocab_size:
         config.model.embeddings.vocab_size = VOCAB_SIZE
+    if args.output and not pathlib.Path(args.output).parent.is_dir():
+        raise UserError(f'--output {args.output}: there is no folder {pathlib.Path(args.output).parent}.')
     if args.search:
+        if args.tokens or args.parameters or args.text:
+            raise UserError('--tokens, --parameters and --text are for one setting; with --search leave them out.')
         return search(config, devices, args.search)
     results = []
     for steps, length, batch_size in config.phases:
-        result = measure(config, devices, length, batch_size, args.text)
+        try:
+            result = measure(config, devices, length, batch_size, args.text)
+        except TooMuch as error:
+            raise UserError(f'{error} {_what_fits(config, devices, length, batch_size)}') from error
         show(result, args.parameters)
         if args.tokens:
             show_cost(result, args.tokens)
@@ -77,14 +90,14 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
     """All figures of one phase.
 
     Raises:
-      UserError: it does not fit the memory; names the bytes and a setting that fits.
+      TooMuch: it does not fit the memory; names the bytes.
     """
     try:
         step = compiled.compile_step(config, devices, length, batch_size)
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        raise UserError(f'{_too_much(error)} {_what_fits(config, devices, length, batch_size)}') from error
+        raise TooMuch(_too_much(error)) from error
     if text:
         pathlib.Path(text).mkdir(parents=True, exist_ok=True)
         (pathlib.Path(text) / f'{length}.txt').write_text(step.compiled.as_text())
@@ -152,7 +165,7 @@ def search(config: ConfigDict, devices: list[jax.Device], wanted: list[str]) -> 
         key, separator, values = one.partition('=')
         if key not in SEARCHED or not separator:
             raise UserError(f'--search {one}: KEY=V,V is expected, KEY one of {", ".join(SEARCHED)}.')
-        axes[key] = [int(value) if value.isdigit() else value for value in values.split(',')]
+        axes[key] = [value if key == 'remat' else _number(one, value) for value in values.split(',')]
     _, length, default = config.phases[0]
     rows = []
     for values in itertools.product(*axes.values()):
@@ -172,6 +185,12 @@ def search(config: ConfigDict, devices: list[jax.Device], wanted: list[str]) -> 
         print(f'  {_words(row["setting"]):<44}{row["sequences_per_second"]:>10,.0f} sequences/s  '
               f'MFU {row["mfu"]:6.1%}  {row["memory"]["total"] / 2**30:6.1f} GiB')
     return rows
+
+
+def _number(search: str, value: str) -> int:
+    if not value.isdigit():
+        raise UserError(f'--search {search}: {value!r} is not a number.')
+    return int(value)
 
 
 def _words(setting: dict[str, Any]) -> str:

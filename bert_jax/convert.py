@@ -18,7 +18,6 @@ import pathlib
 import time
 
 from bert_jax import cli, huggingface, paths, pretrained, tf1
-from bert_jax.cli import UserError
 from bert_jax.weights import Pretrained
 
 FORMATS = ('hf', 'tf1', 'workdir')
@@ -44,10 +43,7 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
     Raises:
       UserError: a source that cannot be read, a target that is not empty, no space left.
     """
-    folder = pathlib.Path(target).resolve()
-    if '://' in target:
-        raise UserError(f'{target}: converting writes to local folders only; copy the folder when it is there.')
-    paths.check_new(folder, '--to')
+    folder = paths.check_new(target, '--to').resolve()
     start = time.perf_counter()
     model = pretrained.load(source)
     size = pretrained.size_in_bytes(model)

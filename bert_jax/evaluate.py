@@ -12,8 +12,6 @@ from bert_jax.data.batches import Batch, place, share
 from bert_jax.data.encoded import Encoded
 from bert_jax.metrics import merge
 
-PER_TOKEN = ('tagging', 'bilstm_tagging', 'span')  # targets whose outputs have an axis of tokens
-
 
 def make_eval_step(model: nn.Module, mesh: jax.sharding.Mesh) -> Callable:
     """Jitted (params, batch) -> (outputs, losses) of every target, without dropout."""
@@ -49,8 +47,10 @@ def predict(apply: Callable[[Batch], tuple[dict[str, Any], dict[str, Any]]], dat
             ) -> tuple[dict[str, Any], float]:
     """A target's outputs for every example once, in the order of the data, and the mean loss.
 
-    Outputs with an axis of tokens come as a list of arrays, each cut to its row's length; others as [N, ...].
+    Where the data has something to say of each token, outputs have an axis of tokens: they come as a list of arrays,
+    each cut to its row's length. Others come as [N, ...].
     """
+    per_token = bool(data.token_labels)
     parts: dict[str, list[Any]] = {}
     order, losses = [], []
     for numbers, batch in data.evaluation_batches(batch_size):
@@ -59,11 +59,11 @@ def predict(apply: Callable[[Batch], tuple[dict[str, Any], dict[str, Any]]], dat
         order.append(numbers)
         for name, values in outputs[target].items():
             values = values[:len(numbers)]
-            if target in PER_TOKEN:
+            if per_token:
                 values = [row[:size] for row, size in zip(values, data.longest[numbers])]
             parts.setdefault(name, []).extend(values)
     back = np.argsort(np.concatenate(order))
     ordered = {name: [values[i] for i in back] for name, values in parts.items()}
-    if target not in PER_TOKEN:
+    if not per_token:
         ordered = {name: np.stack(values) for name, values in ordered.items()}
     return ordered, merge(losses).get('loss', float('nan'))

@@ -53,8 +53,7 @@ def export(source: str, lengths: list[int], output: str) -> None:
     Raises:
       UserError: a model without a head to run, a length beyond its positions, a folder that is not empty.
     """
-    folder = pathlib.Path(output)
-    paths.check_new(folder, '--output')
+    folder = paths.check_new(output, '--output')
     model = pretrained.load(source)
     target = next((target for target in KINDS if target in model.model.targets), None)
     if target is None:
@@ -92,7 +91,9 @@ def _write(model: Pretrained, target: str, lengths: list[int], folder: pathlib.P
 
 def program(model: Pretrained, target: str) -> Callable[[dict[str, jax.Array], dict[str, jax.Array]], jax.Array]:
     """(weights, batch) -> logits float32, of one target, the vocabulary's padding added and cut inside."""
-    module, vocab_size = models.build(model.model), model.tokenizer.vocab_size
+    described, vocab_size = model.model.copy_and_resolve_references(), model.tokenizer.vocab_size
+    described.encoder.attention = 'xla'  # one program for every platform
+    module = models.build(described)
 
     def run(weights: dict[str, jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
         params: dict[str, Any] = {}

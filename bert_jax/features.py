@@ -27,7 +27,7 @@ import numpy as np
 
 from bert_jax import cli, huggingface, paths, predict, pretrained
 from bert_jax.cli import UserError
-from bert_jax.data import encoded, texts
+from bert_jax.data import encoded, store, texts
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 from bert_jax.model import model as models
@@ -66,7 +66,7 @@ def write(args: argparse.Namespace) -> None:
     rows = [predict.parsed(texts, 'features', value) for value in predict.read_inputs(args.input)]
     if not rows:
         raise UserError(f'{args.input}: no texts in it.')
-    folder = pathlib.Path(args.output)
+    folder = paths.check_local(args.output, '--output')
     texts_hash = hashlib.sha256(json.dumps([(row.text, row.pair) for row in rows]).encode()).hexdigest()
     _check_run(folder, {key: value for key, value in vars(args).items() if key not in ('output', 'batch_size')} | {
         'texts': len(rows), 'sha256': texts_hash})
@@ -76,8 +76,12 @@ def write(args: argparse.Namespace) -> None:
             file = folder / f'part-{number:05d}.{ENDINGS[args.format]}'
             if not file.exists():
                 partial = file.with_name(file.name + '.partial')
-                WRITERS[args.format](partial, start, some, extract(some, args.batch_size), extract.tokenizer)
-                partial.replace(file)
+                vectors = extract(some, args.batch_size)
+                try:
+                    WRITERS[args.format](partial, start, some, vectors, extract.tokenizer)
+                    partial.replace(file)
+                except OSError as error:
+                    raise store.disk_error(folder, error) from error
             bar.update(len(some))
     print(f'{args.output}: {", ".join(extract.layers)} of {len(rows):,} texts.')
 
@@ -85,15 +89,15 @@ def write(args: argparse.Namespace) -> None:
 def _check_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     file = folder / 'features.json'
     if file.exists():
-        found = json.loads(file.read_text())
+        found = paths.read_json(file)
         different = [key for key in settings if found.get(key) != settings[key]]
         if different:
             raise UserError(f'{folder}: holds features of other settings ({", ".join(different)}); '
                             'give another --output.')
     else:
-        paths.check_new(folder, '--output')
+        paths.check_new(str(folder), '--output')
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1) + '\n')
+        paths.write_json(file, settings)
 
 
 class Extractor:
@@ -127,8 +131,8 @@ class Extractor:
 
     def __call__(self, rows: list[texts.Row], batch_size: int) -> list[dict[str, np.ndarray]]:
         """{'ids': [tokens], layer: [tokens, W] or [W]} of each text."""
-        lengths = (*(length for length in predict.LENGTHS if length < self._max_length), self._max_length)
-        data = texts.encode(Task('classification', {}), rows, self.tokenizer, self._max_length, lengths)
+        data = texts.encode(Task('classification', {}), rows, self.tokenizer, self._max_length,
+                            predict.lengths(self._max_length))
         found: list[Any] = [None] * len(rows)
         for numbers, batch in data.evaluation_batches(min(batch_size, len(rows))):
             made = jax.device_get(self._run(self._params, batch))

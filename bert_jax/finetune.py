@@ -14,6 +14,7 @@ and choose by the dev split. Started again with the same command, it resumes.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,8 +60,7 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
     """
     if not config.init_from:
         raise UserError('--config.init_from=W0 is missing: a workdir, a Hugging Face folder or name, or a TF1 folder.')
-    if config.num_lengths < 1 or config.evals_per_epoch < 1:
-        raise UserError('--config.num_lengths and --config.evals_per_epoch: one or more is expected.')
+    cli.check_ranges(config, cli.RANGES | RANGES)
     if config.best.endswith(LOWER_IS_BETTER):
         raise UserError(f'--config.best={config.best}: the highest is kept, so name a score that grows '
                         'with quality.')
@@ -71,6 +71,8 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
 
 
 LOWER_IS_BETTER = ('loss', 'mse')
+RANGES = {'num_lengths': (1, math.inf), 'evals_per_epoch': (1, math.inf), 'seeds': (1, math.inf),
+          'epochs': (0, math.inf), 'dropout_rate': (0, 0.99)}
 
 
 class Job:
@@ -142,9 +144,9 @@ def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     with config.unlocked():
         config.model = job.model_config
     folder = workdir.start(path, config, job.source.tokenizer)
-    workdir.write_json(folder / 'labels.json', list(job.task.labels))
+    paths.write_json(folder / 'labels.json', list(job.task.labels))
     score = config.best or f'dev/{job.task.best}'
-    workdir.write_json(folder / 'best.json', {'score': score})
+    paths.write_json(folder / 'best.json', {'score': score})
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints, score)
     state = _train(job, config, checkpoints.resume(_initial(job, config)), checkpoints, folder)
     best, params = _best_params(checkpoints, state)
@@ -152,7 +154,7 @@ def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     for split in job.data.keys() - {'train'}:
         results |= _finish(job, split, params, results, config.batch_size, folder)
     results = dict(sorted(results.items()))
-    workdir.write_json(folder / 'results.json', results)
+    paths.write_json(folder / 'results.json', results)
     plots.curves(folder)
     _print_results(path, results)
     return results
@@ -174,8 +176,7 @@ def _train(job: Job, config: ConfigDict, state: train.TrainState, checkpoints: c
     start = int(state.step)
     if start:
         print(f'{folder}: resuming at step {start} of {num_steps}.')
-    rate = functools.partial(optimizer.learning_rate, peak=config.schedule.peak, num_steps=num_steps,
-                             warmup_steps=round(config.schedule.warmup_share * num_steps))
+    rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
     placed = batches.placed_ahead(_batches(config, data, start, num_steps), partition.batch_sharding(job.mesh))

@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from bert_jax import cli, weights
+from bert_jax import cli, paths, weights
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.weights import Pretrained
@@ -47,7 +47,7 @@ TIED = {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weigh
 def is_folder(path: pathlib.Path) -> bool:
     """Whether a local folder is in Hugging Face's format."""
     file = path / 'config.json'
-    return file.is_file() and 'model' not in _read_json(file)
+    return file.is_file() and 'model' not in paths.read_json(file)
 
 
 def download(name: str) -> pathlib.Path:
@@ -75,7 +75,7 @@ def read(folder: pathlib.Path) -> Pretrained:
       UserError: another architecture, damaged or missing files, a tensor that is missing or of another shape,
         a vocabulary that is longer or shorter than its table.
     """
-    config = _read_json(folder / 'config.json')
+    config = paths.read_json(folder / 'config.json')
     _check_architecture(folder, config)
     tokenizer = tokenizers.load(folder)
     if tokenizer.vocab_size != config['vocab_size']:
@@ -134,7 +134,7 @@ def _open(folder: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
     if (folder / 'model.safetensors').exists():
         files = [folder / 'model.safetensors']
     elif index:
-        files = [folder / name for name in sorted(set(_read_json(index)['weight_map'].values()))]
+        files = [folder / name for name in sorted(set(paths.read_json(index)['weight_map'].values()))]
     elif (folder / 'pytorch_model.bin').exists():
         files = [folder / 'pytorch_model.bin']
     else:
@@ -231,18 +231,11 @@ def _labels(config: dict[str, Any], heads: tuple[str, ...], model: ConfigDict) -
     return tuple(str(names.get(str(i), f'LABEL_{i}')) for i in range(model.targets[head].num_classes))
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise UserError(f'{file}: not to be read as JSON ({error}).') from error
-
-
 def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> list[str]:
     """Writes a folder that AutoModelFor*.from_pretrained and AutoTokenizer.from_pretrained take as it is.
 
     Args:
-      model: what to write; its parameters are given up one by one to spare memory.
+      model: what to write.
       folder: an existing, empty folder.
       name: the model's name in its card.
       licence: the licence field of the card, an identifier of the hub.

@@ -30,14 +30,6 @@ class Mean:
         weights = weights.astype(jnp.float32)
         return cls(jnp.sum(values.astype(jnp.float32) * weights), jnp.sum(weights))
 
-    def __add__(self, other: 'Mean') -> 'Mean':
-        """Merges two means."""
-        return Mean(self.total + other.total, self.count + other.count)
-
-    def value(self) -> float:
-        """total / count; not a number when nothing was counted."""
-        return float(self.total) / float(self.count) if float(self.count) else float('nan')
-
 
 def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
     """The values of a list of metric dicts (already on the host), summed in float64."""
@@ -50,7 +42,7 @@ def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
 
 
 def _tensorboardx() -> types.ModuleType:
-    """The library , without the torch that it would import for nothing: six seconds where it is installed."""
+    """The library, without the torch that it would import for nothing: six seconds where it is installed."""
     hidden = sys.modules.setdefault('torch', None) is None
     try:
         return importlib.import_module('tensorboardX')

@@ -17,11 +17,12 @@ STACKED = 'layers'  # parameters below it have the layer as leading axis
 JOINED = 'qkv'      # arrays [..., 3, K] that are three of the original's
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, num_steps: int) -> float:
+def learning_rate(step: int, *, peak: float, warmup_share: float, num_steps: int) -> float:
     """The rate of update `step` (from 0): linear warm-up from 0, then the line from peak at 0 to 0 at the end.
 
     The decay line starts at step 0 and warm-up overrides it, as in optimization.py of google-research/bert.
     """
+    warmup_steps = round(warmup_share * num_steps)
     if step < warmup_steps:
         return peak * step / warmup_steps
     return peak * max(0.0, 1 - step / num_steps)

@@ -52,7 +52,7 @@ def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.D
     count, found = len(slices[0]), list(shape) or automatic_shape(state, slices[0])
     if len(found) != len(AXES) - 1:
         raise UserError(f'mesh {tuple(shape)}: three sizes are expected, for {", ".join(AXES[1:])}.')
-    if found.count(-1) == 1:
+    if found.count(-1) == 1 and 0 not in found:
         found[found.index(-1)] = count // -math.prod(found)
     if math.prod(found) != count or min(found) < 1:
         raise UserError(f'mesh {dict(zip(AXES[1:], found))} needs {math.prod(found)} devices, there are {count}'
@@ -77,7 +77,7 @@ def data_devices(mesh: Mesh) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`."""
+    """Rows over `slice`, `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH))
 
 

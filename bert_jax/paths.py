@@ -1,11 +1,13 @@
 """Files on a local disk or on gs://, written so that a reader never sees half of one."""
 
 import contextlib
+import json
 import pathlib
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -44,6 +46,19 @@ def write_whole(path: epath.Path, text: str) -> None:
         partial.replace(path)
 
 
+def read_json(file: epath.Path) -> Any:
+    """A JSON file's contents."""
+    try:
+        return json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{file}: damaged, not to be read as JSON ({error}).') from error
+
+
+def write_json(file: epath.Path, content: Any) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + '\n')
+
+
 def append(path: epath.Path, text: str) -> None:
     """Adds to the end of a file; object stores cannot, so there it is written anew."""
     if is_remote(path):
@@ -53,10 +68,19 @@ def append(path: epath.Path, text: str) -> None:
             out.write(text)
 
 
-def check_new(folder: pathlib.Path, option: str) -> None:
-    """Refuses a folder to write that holds something."""
+def check_new(path: str, option: str) -> pathlib.Path:
+    """The local folder that is to be written; refuses one that holds something."""
+    folder = check_local(path, option)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f'{folder}: not an empty folder; give another {option}.')
+    return folder
+
+
+def check_local(path: str, option: str) -> pathlib.Path:
+    """`path` as a local one; refuses gs:// and its like, of which pathlib would make a folder named `gs:`."""
+    if '://' in path:
+        raise UserError(f'{option} {path}: a local path is expected; copy what is there to the bucket afterwards.')
+    return pathlib.Path(path)
 
 
 @contextlib.contextmanager

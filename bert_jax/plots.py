@@ -20,7 +20,7 @@ def curves(workdir: epath.Path) -> None:
         names = sorted({name for record in records for name in record if name.endswith(endings)})
         for name in names:
             points = [(record['step'], record[name]) for record in records if name in record]
-            is_evaluation = name.count('/') > 1
+            is_evaluation = name.startswith(('held_out/', 'dev'))
             panel.plot(*zip(*points), label=name, marker='o' if is_evaluation else '',
                        linestyle='--' if 'unigram' in name else '-', linewidth=1.5 if is_evaluation else 0.9)
         panel.set_xlabel('step')

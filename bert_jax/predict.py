@@ -101,7 +101,7 @@ class Predictor:
         if self.kind == 'choice':  # the head scores each choice alone, so any number of them will do
             task.settings['num_choices'] = max(len(row.choices) for row in rows)
             apply = self._jitted(task.settings['num_choices'])
-        data = module.encode(task, rows, self._tokenizer, self._max_length, self._lengths())
+        data = module.encode(task, rows, self._tokenizer, self._max_length, lengths(self._max_length))
         outputs, _ = evaluate.predict(lambda batch: (apply(self._params, batch), {}), data, batch_size, self.target)
         found = module.decode(task, rows, data, outputs)
         return [module.describe(row) | one for row, one in zip(rows, found)]
@@ -114,16 +114,13 @@ class Predictor:
         model = models.build(config)
         return jax.jit(lambda params, batch: model.apply({'params': params}, batch, train=False))
 
-    def _lengths(self) -> tuple[int, ...]:
-        return (*(length for length in LENGTHS if length < self._max_length), self._max_length)
-
     def _fill_masks(self, rows: list[texts.Row], top_k: int, batch_size: int) -> list[dict[str, Any]]:
         for row in rows:
             if MASK not in row.text + (row.pair or ''):
                 raise UserError(f'No {MASK} in {row.text[:80]!r}; a pre-trained model fills {MASK}s '
                                 '(fine-tune it to classify).')
         task = Task('classification', {})
-        data = texts.encode(task, rows, _WithMasks(self._tokenizer), self._max_length, self._lengths())
+        data = texts.encode(task, rows, _WithMasks(self._tokenizer), self._max_length, lengths(self._max_length))
         results: list[Any] = [None] * len(rows)
         for numbers, batch in data.evaluation_batches(batch_size):
             at = batch['input_ids'] == self._tokenizer.mask_id
@@ -157,6 +154,11 @@ class _WithMasks:
         """As Tokenizer.encode."""
         parts = [self._tokenizer.encode(part.strip()) for part in text.split(MASK)]
         return [i for part in parts for i in (*part, self._tokenizer.mask_id)][:-1]
+
+
+def lengths(max_length: int) -> tuple[int, ...]:
+    """The static lengths that batches are cut to."""
+    return (*(length for length in LENGTHS if length < max_length), max_length)
 
 
 def parsed(module: Any, kind: str, value: Input) -> Any:

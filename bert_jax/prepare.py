@@ -19,6 +19,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import cli
+from bert_jax import cli, paths
 from bert_jax.cli import UserError
 from bert_jax.data import corpora, store, tokenizer
 
@@ -64,7 +65,8 @@ def add_reader_arguments(parser: Any) -> None:
     """The arguments that `vocab` and `prepare` share."""
     parser.add_argument('--format', choices=('sentences', 'paragraphs'), default='sentences',
                         help='what plain text files hold (default: sentences)')
-    parser.add_argument('--text_column', default='text', metavar='NAME')
+    parser.add_argument('--text_column', default='text', metavar='NAME',
+                        help='where JSON lines, Parquet and TFDS have the text (default: text)')
     parser.add_argument('--errors', choices=('strict', 'replace'), default='strict',
                         help='what to do at invalid UTF-8: stop, or go on with U+FFFD')
 
@@ -87,14 +89,14 @@ def prepare(inputs: Iterable[str], tokenizer_path: str, output: str, reader: cor
     body = {'inputs': names, 'input_bytes': [_size(name) for name in names],
             'reader': dataclasses.asdict(reader), 'held_out': held_out,
             'tokenizer_hash': tok.hash, 'id_type': np.dtype(tok.id_type).str}
-    path = pathlib.Path(output)
+    path = paths.check_local(output, '--output')
     writer = _Writer(path, body)
     if writer.finished:
         print(f'{path}: already complete.')
         return store.load(path)
     try:
         tok.save(path / 'tokenizer')
-        text_bytes = _write_all(writer, names, reader, held_out, str(path / 'tokenizer'), workers)
+        text_bytes, tokens = _write_all(writer, names, reader, held_out, str(path / 'tokenizer'), workers)
         totals = writer.finish()
     except OSError as error:
         raise store.disk_error(path, error) from error
@@ -102,35 +104,40 @@ def prepare(inputs: Iterable[str], tokenizer_path: str, output: str, reader: cor
         raise UserError(f'{path}: a worker process died (out of memory?); the same command goes on from here, '
                         'with fewer --workers if need be.') from error
     result = store.load(path)
-    _print_summary(path, totals, text_bytes, time.monotonic() - started, result)
+    seconds = time.monotonic() - started
+    print(f'{_summary(path, totals, result)}; {text_bytes / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s.')
+    if totals['train_documents'] < 2:
+        print('note: a single training document; next-sentence prediction needs another one to draw from '
+              '(separate documents by blank lines, or train with --config configs/pretrain.py:SIZE,no_nsp).')
     return result
 
 
 def _write_all(writer: '_Writer', names: list[str], reader: corpora.Reader, held_out: float,
-               tokenizer_path: str, workers: int) -> int:
-    """Encodes all blocks in worker processes, appends them in order; returns the bytes of text read."""
+               tokenizer_path: str, workers: int) -> tuple[int, int]:
+    """Encodes all blocks in worker processes, appends them in order; returns the bytes of text and tokens of now."""
     total = None if any(':' in n or n.endswith(('.gz', '.parquet')) for n in names) else sum(map(_size, names))
     text_bytes = 0
     with _pool(workers, tokenizer_path, reader, held_out) as pool, \
             cli.progress(total=total, unit='B', unit_scale=True, desc='prepare') as bar:
         started = time.monotonic()
         tokens = 0
-        for block, future in _in_order(pool, _blocks(names, reader, writer.blocks), workers):
+        for block, future in _in_order(pool, _blocks(names, reader, writer.blocks, bar), workers):
             encoded = future.result()
             writer.append(encoded)
             tokens += encoded.counts['train_tokens'] + encoded.counts['held_out_tokens']
             text_bytes += block.size
             bar.set_postfix_str(f'{tokens / (time.monotonic() - started):,.0f} tokens/s', refresh=False)
             bar.update(block.size)
-    return text_bytes
+    return text_bytes, tokens
 
 
-def _blocks(names: list[str], reader: corpora.Reader, skip: int) -> Iterator[corpora.Block]:
-    """All blocks of all inputs but the first `skip`."""
+def _blocks(names: list[str], reader: corpora.Reader, skip: int, bar: Any) -> Iterator[corpora.Block]:
+    """All blocks of all inputs but the first `skip`, with which the progress bar begins."""
     blocks = (block for name in names for block in reader.blocks(name))
-    for number, block in enumerate(blocks):
-        if number >= skip:
-            yield block
+    for block in itertools.islice(blocks, skip):
+        bar.initial += block.size
+        bar.n += block.size
+    yield from blocks
 
 
 def _pool(workers: int, *initial: Any) -> concurrent.futures.ProcessPoolExecutor:
@@ -280,17 +287,12 @@ def _size(name: str) -> int:
     return os.path.getsize(name) if os.path.exists(name) else 0
 
 
-def _print_summary(path: pathlib.Path, counts: collections.Counter, text_bytes: int, seconds: float,
-                   result: store.Store) -> None:
+def _summary(path: pathlib.Path, counts: collections.Counter, result: store.Store) -> str:
     tokens = counts['train_tokens'] + counts['held_out_tokens']
     size = sum(file['bytes'] for file in result.info['files'].values())
-    print(f'{path}: {tokens:,} tokens in {counts["train_sentences"] + counts["held_out_sentences"]:,} sentences of '
-          f'{counts["train_documents"]:,} training and {counts["held_out_documents"]:,} held-out documents; '
-          f'{100 * counts["unknown"] / tokens:.2f} % unknown; {size / tokens:.2f} bytes a token; '
-          f'{text_bytes / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s.')
-    if counts['train_documents'] < 2:
-        print('note: a single training document; next-sentence prediction needs another one to draw from '
-              '(separate documents by blank lines, or train with --config.pairing=single).')
+    return (f'{path}: {tokens:,} tokens in {counts["train_sentences"] + counts["held_out_sentences"]:,} sentences of '
+            f'{counts["train_documents"]:,} training and {counts["held_out_documents"]:,} held-out documents; '
+            f'{100 * counts["unknown"] / tokens:.2f} % unknown; {size / tokens:.2f} bytes a token')
 
 
 if __name__ == '__main__':

@@ -6,10 +6,12 @@ Phases of different lengths run one after the other under one schedule. Started 
 command, it resumes exactly. The workdir alone is enough to fine-tune or predict.
 """
 
+import collections
 import functools
-import itertools
+import importlib.util
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +26,7 @@ from bert_jax import (
     metrics,
     optimizer,
     partition,
+    paths,
     plots,
     pretrained,
     startup,
@@ -55,21 +58,20 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
       Stopped: told to stop; a checkpoint is saved.
     """
     clock, stop = startup.Startup(), distributed.stop_notice()
+    check(config)
     data = load_store(config)
     set_vocab_size(config.model, data.tokenizer.vocab_size)
     with config.unlocked():
         config.store_hash = data.info['sha256']  # its path may differ from host to host
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
-    check(config)
     example = examples.empty(1, config.phases[0][1], config.mask_rate, config.packed)
     mesh = partition.make_mesh(config.mesh, train.state_shapes(model, tx, example))
     check_batches(config, mesh)
     source = load_checkpoint(config, data.tokenizer) if config.init_from else None
     folder = workdir.start(path, config, data.tokenizer)
-    phases = [Phase(*phase, first) for phase, first in zip(config.phases, _first_steps(config.phases))]
+    phases = make_phases(config.phases)
     streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length,
                                                config.packed) for phase in phases}
-
     batches.import_ahead(config.pipeline)
     clock.done('data')
     state = train.make_init(model, tx, example, mesh)(config.seed)
@@ -82,8 +84,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     start, num_steps = int(state.step), phases[-1].stop
     if start:
         print(f'{path}: resuming at step {start} of {num_steps}.')
-    step = train.make_train_step(model, tx, mesh, config.accumulation, state)
-    step = clock.first(step)
+    step = clock.first(train.make_train_step(model, tx, mesh, config.accumulation, state))
     rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
@@ -99,21 +100,35 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     writer.close()
     results = checkpoints.scores(num_steps)
     if jax.process_index() == 0:
-        workdir.write_json(folder / 'results.json', results)
+        paths.write_json(folder / 'results.json', results)
         plots.curves(folder)
     print_results(path, results)
     return results
 
 
-class Phase:
-    """Steps [first, stop) at one length and batch size."""
-
-    def __init__(self, steps: int, max_length: int, batch_size: int, first: int) -> None:
-        self.max_length, self.batch_size, self.first, self.stop = max_length, batch_size, first, first + steps
+RANGES = {'save_every': (1, math.inf), 'eval_every': (1, math.inf), 'eval_examples': (0, math.inf), 'packed': (0, 16),
+          'mask_rate': (0.001, 1), 'short_rate': (0, 1), 'model.embeddings.dropout_rate': (0, 0.99),
+          'model.encoder.dropout_rate': (0, 0.99), 'model.encoder.attention_dropout_rate': (0, 0.99)}
 
 
-def _first_steps(phases: tuple[tuple[int, int, int], ...]) -> list[int]:
-    return list(itertools.accumulate((steps for steps, _, _ in phases), initial=0))[:-1]
+class Phase(NamedTuple):
+    """Steps [first, stop) at one length and batch size; earlier phases of this length have read `begin` rows."""
+
+    first: int
+    stop: int
+    max_length: int
+    batch_size: int
+    begin: int
+
+
+def make_phases(described: tuple[tuple[int, int, int], ...]) -> list[Phase]:
+    """From (steps, max_length, batch_size), one after the other."""
+    phases, step, read = [], 0, collections.Counter()
+    for steps, max_length, batch_size in described:
+        phases.append(Phase(step, step + steps, max_length, batch_size, read[max_length]))
+        step += steps
+        read[max_length] += steps * batch_size
+    return phases
 
 
 def phase_at(phases: list[Phase], step: int) -> Phase:
@@ -156,14 +171,20 @@ def load_checkpoint(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Any:
 
 def check(config: ConfigDict) -> None:
     """Refuses what would fail later, or run and mean nothing."""
+    cli.check_ranges(config, cli.RANGES | RANGES)
     positions = config.model.embeddings.max_length
-    if not config.phases or any(len(phase) != 3 for phase in config.phases):
-        raise UserError('phases: ((steps, max_length, batch_size), ...) is expected.')
+    if not config.phases or any(len(phase) != 3 or min(phase) < 1 for phase in config.phases):
+        raise UserError('phases: ((steps, max_length, batch_size), ...) is expected, each 1 or more.')
+    if min(config.replacement) < 0 or sum(config.replacement) > 1:
+        raise UserError(f'replacement {tuple(config.replacement)}: the shares of [MASK] and of random tokens are '
+                        'expected, together 1 at most.')
     for _, length, _ in config.phases:
         if length > positions:
             raise UserError(f'A phase of max_length {length} is longer than the position table '
                             f'(model.embeddings.max_length = {positions}).')
     choose('pipeline', batches.STREAMS, config.pipeline)
+    if config.pipeline == 'tf' and importlib.util.find_spec('tensorflow') is None:
+        raise UserError('tensorflow is not installed; --config.pipeline=thread does without it.')
     choose('masking', masking.MASKINGS, config.masking)
     for key in ('save_every', 'eval_every'):
         if config[key] % config.log_every:
@@ -194,12 +215,12 @@ def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, ex
     for phase in phases:
         source = streams[phase.max_length]
         rows = batches.host_rows(sharding, phase.batch_size)
-        make = functools.partial(_make_batch, source, phase.batch_size, rows)
+        make = functools.partial(_make_batch, source, phase, rows)
         yield from stream(make, max(start, phase.first) - phase.first, phase.stop - phase.first)
 
 
-def _make_batch(source: examples.Examples, batch_size: int, rows: np.ndarray, step: int) -> batches.Batch:
-    return source.batch(step, batch_size, rows)
+def _make_batch(source: examples.Examples, phase: Phase, rows: np.ndarray, step: int) -> batches.Batch:
+    return source.batch(step, phase.batch_size, rows, phase.begin)
 
 
 def make_evaluator(config: ConfigDict, data: store.Store, model: models.Model, mesh: jax.sharding.Mesh,

@@ -24,7 +24,7 @@ def load(path: str) -> Pretrained:
       UserError: nothing of a known kind there, or what is there is damaged or not a BERT.
     """
     if (epath.Path(path) / 'sweep.json').exists():
-        path = str(epath.Path(path) / 'runs' / workdir.read_json(epath.Path(path) / 'sweep.json')['chosen'])
+        path = str(epath.Path(path) / 'runs' / paths.read_json(epath.Path(path) / 'sweep.json')['chosen'])
     if paths.is_remote(epath.Path(path)) or (epath.Path(path) / 'checkpoints').exists():
         return _load_workdir(path)
     folder = pathlib.Path(path)
@@ -42,18 +42,19 @@ def load(path: str) -> Pretrained:
 
 def _load_workdir(path: str) -> Pretrained:
     config = workdir.read_config(path)
-    params, step, scores = checkpoint.load_params(path, best=_best(config, path))
+    config.model.encoder.attention = 'auto'  # the kernel is a matter of the machine, not of the model
+    params, step, scores = checkpoint.load_params(path, best=_best(path))
     labels = epath.Path(path) / 'labels.json'
     about = {'source': config.get('source', f'a bert_jax workdir, {epath.Path(path).name}'), 'step': step,
              'scores': scores, 'config': config.to_dict()}
     return Pretrained(config.model, params, tokenizers.load(path),
-                      tuple(workdir.read_json(labels)) if labels.exists() else (), about)
+                      tuple(paths.read_json(labels)) if labels.exists() else (), about)
 
 
-def _best(config: ConfigDict, path: str) -> str:
+def _best(path: str) -> str:
     """The score whose best checkpoint a fine-tuned workdir offers; '' for one that was pre-trained."""
     file = epath.Path(path) / 'best.json'
-    return workdir.read_json(file)['score'] if file.exists() else config.get('best', '')
+    return paths.read_json(file)['score'] if file.exists() else ''
 
 
 def write_workdir(model: Pretrained, folder: pathlib.Path) -> list[str]:
@@ -63,7 +64,7 @@ def write_workdir(model: Pretrained, folder: pathlib.Path) -> list[str]:
         key: made[key] for key in ('task', 'max_length') if key in made})
     opened = workdir.start(folder, config, model.tokenizer)
     if model.labels:
-        workdir.write_json(opened / 'labels.json', list(model.labels))
+        paths.write_json(opened / 'labels.json', list(model.labels))
     leaves, tree = jax.tree.flatten(model.params)
     model.params = None
     for i, leaf in enumerate(leaves):  # one by one: NumPy's copy goes as JAX's comes
@@ -82,7 +83,8 @@ def check_fits(model: ConfigDict, source: Pretrained, path: str) -> None:
                  for part, keys in ARCHITECTURE for key in keys
                  if source.model[part].get(key) != model[part].get(key)]
     if different:
-        raise UserError(f'{path} is another architecture: {"; ".join(different)}.')
+        raise UserError(f'{path} is another architecture: {"; ".join(different)}. '
+                        '--config.model.PART.KEY=VALUE changes the config.')
 
 
 def size_in_bytes(model: Pretrained) -> int:

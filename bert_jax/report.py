@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from bert_jax import cli, predict, workdir
+from bert_jax import cli, paths, predict
 from bert_jax.cli import UserError
 from bert_jax.data import draws, store
 from bert_jax.data.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def table(run: pathlib.Path) -> list[str]:
 def _results(path: pathlib.Path) -> dict[str, float]:
     if not (path / 'results.json').exists():
         raise UserError(f'{path}: no results.json; has the run finished?')
-    return workdir.read_json(path / 'results.json')
+    return paths.read_json(path / 'results.json')
 
 
 def fill_masks(run: pathlib.Path, count: int = 3) -> None:

@@ -54,9 +54,11 @@ def multilabel(logits: np.ndarray, label_ids: np.ndarray, labels: Sequence[str])
 
 def regression(values: np.ndarray, truth: np.ndarray, labels: Sequence[str] = ()) -> dict[str, float]:
     """Pearson's and Spearman's correlation (0 where one side is constant) and the mean squared error; [N]."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        pearson, spearman = scipy.stats.pearsonr(values, truth)[0], scipy.stats.spearmanr(values, truth)[0]
+    pearson = spearman = 0.0  # what a single row has
+    if len(truth) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            pearson, spearman = scipy.stats.pearsonr(values, truth)[0], scipy.stats.spearmanr(values, truth)[0]
     return {'pearson': float(np.nan_to_num(pearson)), 'spearman': float(np.nan_to_num(spearman)),
             'mse': float(np.mean((np.asarray(values, np.float64) - truth) ** 2))}
 

@@ -6,7 +6,6 @@
 """
 
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +25,6 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     Raises:
       UserError: a sweep that is not known.
     """
-    if config.seeds < 1:
-        raise UserError(f'--config.seeds={config.seeds}: one or more is expected.')
     if config.sweep not in ('', 'paper'):
         raise UserError(f"--config.sweep={config.sweep}: '' (none) and 'paper' are known; config.grid has its values.")
     axes: dict[str, Any] = {'init_from': config.init_from.split(',')}
@@ -63,11 +60,10 @@ def run_all(config: ConfigDict, path: str, runs: list[tuple[str, ConfigDict]], m
     folder, jobs, results = epath.Path(path), {}, {}
     for number, (name, one) in enumerate(runs, 1):
         work, source = folder / 'runs' / name, one.init_from
-        done = workdir.read_json(work / 'run.json') if (work / 'run.json').exists() else None
-        settings = json.loads(json.dumps(one.to_dict()))
+        done = paths.read_json(work / 'run.json') if (work / 'run.json').exists() else None
+        settings = workdir.describe(one)
         if done:
-            if done['settings'] != settings:
-                raise UserError(f'{work} was made with other settings; give the same ones, or another --workdir.')
+            workdir.must_agree(work, done['settings'], settings)
             results[name] = done['results'] | {'chosen_by': done['score']}
             continue
         print(f'== run {number} of {len(runs)}: {name}')
@@ -75,14 +71,14 @@ def run_all(config: ConfigDict, path: str, runs: list[tuple[str, ConfigDict]], m
             jobs = {source: make_job(one)}  # one checkpoint in memory at a time
         score = config.best or f'dev/{jobs[source].task.best}'
         found = run(jobs[source], one, str(work))
-        workdir.write_json(work / 'run.json', {'settings': settings, 'score': score, 'results': found})
+        paths.write_json(work / 'run.json', {'settings': settings, 'score': score, 'results': found})
         results[name] = found | {'chosen_by': score}
     score = next(iter(results.values()))['chosen_by']
     chosen = max(results, key=lambda name: results[name][score])
     values = [found[score] for found in results.values()]
     summary = {'score': score, 'chosen': chosen, 'mean': statistics.mean(values), 'median': statistics.median(values),
                'standard_deviation': statistics.stdev(values), 'lowest': min(values), 'highest': max(values)}
-    workdir.write_json(folder / 'sweep.json', summary | {'runs': results})
+    paths.write_json(folder / 'sweep.json', summary | {'runs': results})
     columns = [name for name, value in results[chosen].items() if isinstance(value, float)]
     rows = [['run', *columns]] + [[name, *(f'{found[c]:.4f}' if c in found else '' for c in columns)]
                                   for name, found in results.items()]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import tf_bundle, weights
+from bert_jax import paths, tf_bundle, weights
 from bert_jax.cli import UserError, unknown
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.weights import Pretrained
@@ -69,10 +69,7 @@ def read(folder: pathlib.Path) -> Pretrained:
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / 'bert_config.json'
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f'{file}: not to be read as JSON ({error}).') from error
+    config = paths.read_json(file)
     missing = [key for key in (*SIZES, 'hidden_act') if key not in config]
     if missing:
         raise UserError(f'{file}: lacks {", ".join(missing)}.')

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,8 +21,6 @@ from bert_jax.metrics import Mean, Writer, merge
 
 Batch = dict[str, jax.Array]
 RUN_AHEAD = 2  # steps dispatched beyond the one being computed
-
-memory.keep_freed()
 
 
 @flax.struct.dataclass
@@ -46,6 +45,7 @@ def make_init(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, 
     `frozen` parts of the model ('embeddings', 'encoder', ...) have no optimizer state.
     """
 
+    memory.keep_freed()
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     shardings = partition.state_shardings(state_shapes(model, tx, batch, frozen), mesh)
     jitted = jax.jit(lambda seed: _fresh(model, tx, batch, jax.random.key(seed), frozen), out_shardings=shardings)
@@ -80,6 +80,9 @@ def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model:
       mesh: how the batch and the parameters lie.
       accumulation: micro-batches.
       frozen: parts of the model that stay as they are: no gradient is computed for them.
+
+    Returns:
+      The next state, and the step's metrics as sums and counts.
     """
     trained, held = _split(state.params, frozen)
     counts = model.apply({}, batch, method='counts')
@@ -213,8 +216,9 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
         values = merge(window)
         per_second = len(window) / (time.monotonic() - clock)
         writer.write(done, values | {'learning_rate': float(hyper(number)['learning_rate'])})
-        writer.write_rates(done, {'steps_per_second': per_second} | rates(done, values, per_second))
-        bar.set_postfix_str(describe(values), refresh=False)
+        speeds = {'steps_per_second': per_second} | rates(done, values, per_second)
+        writer.write_rates(done, speeds)
+        bar.set_postfix_str(describe(values | speeds), refresh=False)
         pending = []
         if evaluators and (done % eval_every == 0 or done == num_steps):
             scores = {f'{name}/{metric}': value for name, evaluate in evaluators.items()
@@ -232,10 +236,14 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
     return state
 
 
+SHOWN = {'padding': 'padding {:.1%}', 'tokens_per_second': '{:,.0f} tokens/s', 'mfu': 'MFU {:.1%}'}
+
+
 def describe(values: Mapping[str, float]) -> str:
     """Metrics in a line for people."""
-    shown = {name: value for name, value in values.items() if 'loss' in name or 'accuracy' in name or 'f1' in name}
-    return ', '.join(f'{name} {value:.4f}' for name, value in shown.items())
+    shown = [f'{name} {value:.4f}' for name, value in values.items() if re.search('loss|accuracy|f1', name)]
+    shown += [form.format(values[name]) for name, form in SHOWN.items() if name in values]
+    return ', '.join(shown)
 
 
 def _must_be_finite(window: list[dict[str, Mean]], done: int, checkpoints: Checkpoints) -> None:

@@ -29,7 +29,6 @@ from bert_jax.cli import UserError
 from bert_jax.data import corpora, store, tokenizer
 
 SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
-CHUNK = 10_000  # sentences a chunk given to the trainer
 
 
 def main() -> None:
@@ -54,8 +53,7 @@ def train(args: argparse.Namespace) -> None:
     """
     if args.vocab_size <= len(SPECIALS):
         raise UserError(f'--vocab_size {args.vocab_size}: {len(SPECIALS)} special entries alone need more.')
-    output = pathlib.Path(args.output)
-    paths.check_new(output, '--output')
+    output = paths.check_new(args.output, '--output')
     if args.kind == 'sentencepiece' and (args.strip_accents or args.split_cjk):
         raise UserError('--strip_accents and --split_cjk belong to --kind wordpiece.')
     reader, names = prepare.reader_from(args), corpora.expand(args.input)
@@ -111,7 +109,7 @@ def _train_sentencepiece(sentences: _Sentences, args: argparse.Namespace, folder
             control_symbols=SPECIALS[-1], input_sentence_size=5_000_000, shuffle_input_sentence=True,
             minloglevel=2)
     except (RuntimeError, OSError) as error:
-        raise UserError(f'sentencepiece: {str(error).strip().splitlines()[-1]}') from error
+        raise UserError(f'sentencepiece: {cli.last_line(error)}') from error
     (folder / 'tokenizer.model').write_bytes(model.getvalue())
 
 

@@ -4,6 +4,7 @@
     environment.json  command, versions         log.jsonl      results, nothing that depends on the clock
     tokenizer/        its own files             rates.jsonl    speeds
     labels.json       class names, if any       tensorboard/, results.json, curves.png
+    best.json         fine-tuned: the score that chooses; predictions_*, confusion.png, submission/
 """
 
 import json
@@ -21,7 +22,8 @@ from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 
 # Where and how a run is computed, not what: these may change when it goes on.
-MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'model.encoder.unroll', 'model.encoder.remat')
+MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'model.encoder.unroll', 'model.encoder.remat',
+           'model.encoder.attention')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tokenizers', 'sentencepiece')
 
 
@@ -32,24 +34,34 @@ def start(path: str, config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> epa
       UserError: the folder holds a run with another config (the keys that differ are named) or tokenizer.
     """
     workdir = epath.Path(path)
-    described = json.loads(json.dumps(config.to_dict()))
+    described = describe(config)
     if (workdir / 'config.json').exists():
-        found = read_json(workdir / 'config.json')
-        different = [f'{key} ({found_flat!r} there, {wanted!r} now)'
-                     for key, found_flat, wanted in _differences(found, described) if key not in MACHINE]
-        if different:
-            raise UserError(f'{workdir} holds a run of another config; these keys differ: {", ".join(different)}. '
-                            'Give the same config to resume it, or another --workdir.')
+        found = paths.read_json(workdir / 'config.json')
+        must_agree(workdir, found, described)
         if tokenizers.load(workdir).hash != tokenizer.hash:
             raise UserError(f'{workdir}: its tokenizer is not the one of the data.')
     elif jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir / 'tokenizer')
-        write_json(workdir / 'environment.json', {
+        paths.write_json(workdir / 'environment.json', {
             'command': sys.argv, 'python': platform.python_version(), 'devices': str(jax.devices()),
             'packages': {name: metadata.version(name) for name in PACKAGES}})
-        write_json(workdir / 'config.json', described)
+        paths.write_json(workdir / 'config.json', described)
     return workdir
+
+
+def describe(config: ConfigDict) -> dict[str, Any]:
+    """A config as config.json holds it."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def must_agree(workdir: epath.Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuses to go on with a run of another config; names the keys that differ."""
+    different = [f'{key} ({there!r} there, {here!r} now)' for key, there, here in _differences(found, wanted)
+                 if key not in MACHINE]
+    if different:
+        raise UserError(f'{workdir} holds a run of another config; these keys differ: {", ".join(different)}. '
+                        'Give the same config to resume it, or another --workdir.')
 
 
 def read_config(path: str) -> ConfigDict:
@@ -57,20 +69,7 @@ def read_config(path: str) -> ConfigDict:
     file = epath.Path(path) / 'config.json'
     if not file.exists():
         raise UserError(f'{path}: not a workdir (no config.json in it).')
-    return ConfigDict(read_json(file))
-
-
-def read_json(file: epath.Path) -> Any:
-    """A JSON file's contents."""
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f'{file}: damaged, not JSON ({error}).') from error
-
-
-def write_json(file: epath.Path, content: Any) -> None:
-    """Writes a JSON file that appears whole or not at all."""
-    paths.write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + '\n')
+    return ConfigDict(paths.read_json(file))
 
 
 def _differences(found: Any, wanted: Any, prefix: str = '') -> list[tuple[str, Any, Any]]:

@@ -44,7 +44,7 @@ def get_config(arg='base_v5e_16'):
     c.model.encoder.remat = 'elementwise'   # what is cheap is computed again instead of kept
     c.optimizer.name = 'lamb'
     c.schedule.peak = 6.25e-4 * (batch_size / 512)**0.5
-    c.schedule.warmup_steps = round(sum(steps for steps, _, _ in c.phases) * min(0.2, batch_size / 512 / 320))
+    c.schedule.warmup_share = min(0.2, batch_size / 512 / 320)
     c.log_every = 50
     c.eval_every = c.save_every = 1_000
     c.eval_batch_size = devices(topology) * slices * 8

@@ -45,7 +45,7 @@ def get_config(arg='base'):
 
     c.optimizer = ConfigDict({'name': 'adamw', 'b1': 0.9, 'b2': 0.999, 'eps': 1e-6, 'weight_decay': 0.01,
                               'clip_norm': 1.0, 'bias_correction': False})
-    c.schedule = ConfigDict({'peak': 1e-4, 'warmup_steps': 10_000})
+    c.schedule = ConfigDict({'peak': 1e-4, 'warmup_share': 0.01})  # of all steps
     c.accumulation = 1              # micro-batches an update
     c.mesh = ()                     # devices along data, fsdp, tensor in each slice; (): data, and fsdp if need be
 

@@ -17,7 +17,7 @@ def get_config():
     c.phases = ((1500, 128, 32), (150, 512, 16))
     c.model.embeddings.dropout_rate = 0.0
     c.schedule.peak = 1e-3  # at 2e-3 it stays at the unigram model
-    c.schedule.warmup_steps = 150
+    c.schedule.warmup_share = 0.1
     c.log_every = 50
     c.eval_every = c.save_every = 500
     c.eval_examples = 512

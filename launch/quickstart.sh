@@ -23,6 +23,9 @@ done
 . launch/environment.sh
 environment requirements.txt
 mkdir -p "$run"
+[ -e "$run/corpus" ] || echo "$corpus" > "$run/corpus"
+[ "$(cat "$run/corpus")" = "$corpus" ] || {
+  echo "error: $run holds a run on $(cat "$run/corpus"); give another --run DIR, or delete it." >&2; exit 2; }
 stage() { printf '\n== %s\n' "$*"; }
 finished() { [ -e "$1" ] && echo "already there: $1"; }
 

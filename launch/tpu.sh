@@ -84,7 +84,8 @@ wait_until_active() {
   [ -z "$dry" ] || { state; return; }
   local now last=''
   while true; do
-    now=$(state) || fail "$name: gcloud cannot describe it."
+    now=$(state) || now=UNKNOWN
+    if [ "$now$last" = UNKNOWN ]; then fail "$name: gcloud cannot describe it."; fi
     [ "$now" = "$last" ] || say "$name is $now"
     case $now in
       ACTIVE) return ;;
@@ -100,7 +101,10 @@ setup() {
   archive=$(mktemp -d)/bert_jax.tar.gz
   [ -n "$dry" ] || git ls-files -co --exclude-standard -z | tar czf "$archive" --null --files-from=-
   qr scp "$archive" bert_jax.tar.gz --node=all --worker=all || fail "$name: the code did not reach every worker."
-  everywhere 'mkdir -p bert_jax && tar xzf bert_jax.tar.gz -C bert_jax && bash bert_jax/launch/worker.sh setup' ||
+  # a run that goes on keeps its code
+  # shellcheck disable=SC2016  # the workers' shells expand these
+  everywhere 'mkdir -p bert_jax/run && { kill -0 "$(cat bert_jax/run/loop 2> /dev/null)" 2> /dev/null || tar xzf bert_jax.tar.gz -C bert_jax; } &&
+    bash bert_jax/launch/worker.sh setup' ||
     fail "$name: the installation failed on a worker (above)."
 }
 
@@ -119,7 +123,8 @@ watch() { # until the run has ended; asks for a new slice when this one is gone
         case $codes in
           *running*) ;;
           *failed*) everywhere 'bash bert_jax/launch/worker.sh tail' || true; fail "the run failed on a worker (above)." ;;
-          *) say "the run has finished: $workdir"; return ;;
+          *finished*) say "the run has finished: $workdir"; return ;;
+          *) say "a worker does not answer; trying again" ;;
         esac ;;
       SUSPENDING | SUSPENDED | FAILED)
         say "$name was taken away; asking for another, to go on from the last checkpoint"
@@ -129,15 +134,20 @@ watch() { # until the run has ended; asks for a new slice when this one is gone
   done
 }
 
-again() {
+again() { # the same request once more, until it is granted
   if [ -z "$type" ]; then
     type=$(qr describe --format='value(tpu.nodeSpec[0].node.acceleratorType)')
     version=$(qr describe --format='value(tpu.nodeSpec[0].node.runtimeVersion)')
-    spot=1
+    slices=$(qr describe --format='value(tpu.nodeSpec[0].multisliceParams.nodeCount)')
+    spot=1 slices=${slices:-1}
   fi
-  qr delete --force --quiet
-  create
-  wait_until_active || { say "still no capacity; trying again"; sleep "$poll"; again "$@"; return; }
+  while true; do
+    qr delete --force --quiet || say "$name could not be deleted; it may be gone already"
+    create
+    ! wait_until_active || break
+    say "still no capacity; trying again"
+    sleep "$poll"
+  done
   setup
   start "$@"
 }

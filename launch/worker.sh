@@ -2,24 +2,33 @@
 # What launch/tpu.sh runs on each worker: setup | start STORE WORKDIR ARGS... | status | tail | stop.
 #
 # `start` copies the store to this disk and leaves a loop behind, which starts pretrain again whenever it asks for it (exit
-# code 75) or was killed by a signal, for all workers begin anew together; other codes are the end.
+# code 75) or was killed by a signal, for all workers begin anew together; other codes are the end. Where one runs already,
+# `setup` and `start` leave it alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p run
 
 case ${1:-} in
   setup)
+    if [ -e run/loop ] && kill -0 "$(cat run/loop)" 2> /dev/null; then exit; fi
     . launch/environment.sh
+    if ! (new_python) > /dev/null 2>&1; then # images of some generations carry Python 3.10
+      python3 -m pip install --quiet --user uv
+      PATH=$HOME/.local/bin:$PATH
+      [ -x .venv/bin/pip ] || uv venv --quiet --clear --seed --python 3.12 .venv
+    fi
     environment requirements-tpu.txt
     python -c 'import jax; print(jax.local_device_count(), "devices of", jax.devices()[0].device_kind)' ;;
   start)
     store=$2 workdir=$3
     shift 3
+    if [ -e run/loop ] && kill -0 "$(cat run/loop)" 2> /dev/null; then echo 'already running'; exit; fi
     local_store=$PWD/run/store
     gcloud storage rsync --recursive "$store" "$local_store"
     rm -f run/exit run/stopped
     # shellcheck disable=SC2016  # the inner shell expands these
     setsid nohup bash -c '
+      echo $$ > run/loop
       . launch/environment.sh
       environment requirements-tpu.txt
       code=0
@@ -43,5 +52,5 @@ case ${1:-} in
   stop)
     touch run/stopped
     kill -TERM "$(cat run/pid)" || true ;;
-  *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -106,7 +106,7 @@ def store(store_path: pathlib.Path):
 
 TINY = ['--config.phases=((6,64,8),(4,96,8))', '--config.model.encoder.num_layers=2',
         '--config.model.embeddings.hidden_size=32', '--config.model.encoder.num_heads=2',
-        '--config.model.embeddings.max_length=128', '--config.schedule.warmup_steps=2',
+        '--config.model.embeddings.max_length=128', '--config.schedule.warmup_share=0.2',
         '--config.schedule.peak=1e-3', '--config.log_every=2', '--config.save_every=2', '--config.eval_every=4',
         '--config.eval_examples=12', '--config.eval_batch_size=8', '--config.pipeline=thread']
 

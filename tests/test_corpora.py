@@ -75,6 +75,10 @@ def test_small_blocks_change_nothing(tmp_path, monkeypatch):
     ('J. S. Bach wrote it in 1723. Then he left!', ['J. S. Bach wrote it in 1723.', 'Then he left!']),
     ('Is it 3.14? "Yes," she said. (Good.) ok', ['Is it 3.14?', '"Yes," she said.', '(Good.) ok']),
     ('今日は。明日は！', ['今日は。', '明日は！']),
+    ('비가 온다. 우산이 없다! 어쩌지?', ['비가 온다.', '우산이 없다!', '어쩌지?']),
+    ('Он ушёл. Она осталась… и ждала.', ['Он ушёл.', 'Она осталась… и ждала.']),
+    ('Vino tarde. ¿Qué pasó? «Nada.» dijo.', ['Vino tarde.', '¿Qué pasó?', '«Nada.» dijo.']),
+    ('वह आया। फिर गया।', ['वह आया।', 'फिर गया।']),
     ('no stop at all', ['no stop at all']),
     ('', []),
 ])

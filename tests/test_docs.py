@@ -1,8 +1,11 @@
 """What the documentation says is run here."""
 
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, TINY, run_module
@@ -16,27 +19,11 @@ def blocks(path, language):
 
 def test_a_new_target_from_the_data_side_to_the_config(store_path, tmp_path):
     """The page's own code, then the pre-training it promises."""
-    script = '\n'.join(blocks(ROOT / 'docs/new_target.md', 'python')) + f'''
-import sys
-from bert_jax import pretrain
-
-overrides = {TINY!r}
-for override in overrides:
-    key, value = override.removeprefix('--config.').split('=')
-    *path, last = key.split('.')
-    node = config
-    for part in path:
-        node = node[part]
-    node[last] = type(node[last])(eval(value)) if key != 'pipeline' else value
-config.store = {str(store_path)!r}
-pretrain.pretrain(config, {str(tmp_path / "work")!r})
-'''
-    (tmp_path / 'page.py').write_text(script)
-    import os
-    import subprocess
-    import sys
-
-    done = subprocess.run([sys.executable, tmp_path / 'page.py'], cwd=ROOT, text=True, capture_output=True,
+    *pieces, config = blocks(ROOT / 'docs/new_target.md', 'python')
+    (tmp_path / 'sop.py').write_text(config)
+    (tmp_path / 'page.py').write_text('\n'.join([*pieces, 'from bert_jax import cli, pretrain', 'cli.run(pretrain.main)']))
+    done = subprocess.run([sys.executable, tmp_path / 'page.py', '--config', tmp_path / 'sop.py', f'--config.store={store_path}', *TINY,
+                           '--workdir', tmp_path / 'work'], cwd=ROOT, text=True, capture_output=True,
                           env=os.environ | {'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / 'work' / 'results.json').read_text())

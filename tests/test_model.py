@@ -118,7 +118,7 @@ def test_the_contract_of_targets(name):
     halves = [{k: v[s] for k, v in example.items()} for s in (slice(0, 2), slice(2, 8))]  # a loss is a sum and a count
     parts = [model.apply({'params': params}, half, train=False, method='losses')[name] for half in halves]
     for term, mean in losses.items():
-        both = parts[0][term] + parts[1][term]
+        both = jax.tree.map(jnp.add, parts[0][term], parts[1][term])
         np.testing.assert_allclose([both.total, both.count], [mean.total, mean.count], rtol=1e-5)
     assert ('pooler' in params) == model.targets[name].uses_pooled
 

@@ -83,11 +83,11 @@ def test_decay_goes_by_name():
 
 
 def test_schedule_is_the_original_codes():
-    rate = lambda step: optimizer.learning_rate(step, peak=2.0, warmup_steps=10, num_steps=100)  # noqa: E731
+    rate = lambda step: optimizer.learning_rate(step, peak=2.0, warmup_share=0.1, num_steps=100)  # noqa: E731
     assert [rate(s) for s in (0, 5, 9)] == [0.0, 1.0, 1.8]
     assert rate(10) == pytest.approx(2 * 0.9)                # the decay line starts at step 0
     assert rate(55) == pytest.approx(0.9) and rate(100) == 0 and rate(120) == 0
-    assert optimizer.learning_rate(0, peak=2.0, warmup_steps=0, num_steps=100) == 2
+    assert optimizer.learning_rate(0, peak=2.0, warmup_share=0.0, num_steps=100) == 2
 
 
 def test_unknown_optimizer():

@@ -109,8 +109,8 @@ def test_the_workdir_tells_the_whole_story(pretrained):
 
 
 def test_another_config_in_the_same_workdir_is_refused_and_the_keys_named(store_path, pretrained):
-    result = run_module('pretrain', *command(store_path, pretrained, '--config.seed=7', '--config.schedule.warmup_steps=3'))
-    expect_error(result, 'seed (0 there, 7 now)', 'schedule.warmup_steps (2 there, 3 now)')
+    result = run_module('pretrain', *command(store_path, pretrained, '--config.seed=7', '--config.schedule.warmup_share=0.3'))
+    expect_error(result, 'seed (0 there, 7 now)', 'schedule.warmup_share (0.2 there, 0.3 now)')
 
 
 def test_evaluation_does_not_depend_on_the_seed(store_path, pretrained, tmp_path):

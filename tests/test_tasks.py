@@ -259,7 +259,7 @@ def question(passage, *answers, id='q'):
     return spans.Question(id, 'w1 w2?', passage, answers, True, 'here')
 
 
-SETTINGS = {'null_answers': False, 'stride': 5, 'max_query_length': 8, 'max_answer_length': 6, 'n_best': 20, 'null_threshold': 0.0}
+SETTINGS = {'null_answers': False, 'stride': 5, 'max_query_length': 8, 'max_answer_length': 6, 'n_best': 20, 'null_threshold': None}
 
 
 @pytest.mark.parametrize('passage, answer', [
@@ -353,7 +353,7 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('run.json')}
     assert sum(before[p] != after[p] for p in before) == 1
     assert json.loads((tmp_path / 'work' / 'sweep.json').read_text())['runs'] == runs
-    with pytest.raises(UserError, match='other settings'):
+    with pytest.raises(UserError, match='dropout_rate'):
         finetune.finetune(config('classification', model, settings, *overrides, 'dropout_rate=0.2'), str(tmp_path / 'work'))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 
@@ -111,7 +112,45 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(cloud):
     order = [call[3] for call in cloud.calls() if call[3] in ('create', 'delete')]
     assert order == ['delete', 'create']
     (create,) = cloud.calls('create')
-    assert {'--spot', '--accelerator-type=v5litepod-16', '--runtime-version=v2-alpha-tpuv5-lite'} <= set(create)
+    assert {'--spot', '--accelerator-type=v5litepod-16', '--runtime-version=v2-alpha-tpuv5-lite', '--node-id=pod'} <= set(create)
+
+
+def test_several_slices_come_back_as_several_and_a_failing_call_does_not_end_the_waiting(cloud):
+    (cloud.root / 'slices').write_text('2')
+    (cloud.root / 'fail').write_text('delete UNAVAILABLE: try later\n')
+    cloud.states('SUSPENDED', 'WAITING_FOR_RESOURCES', 'ACTIVE')
+    done = cloud(*RUN)
+    assert done.returncode == 0, done.stderr
+    (create,) = cloud.calls('create')
+    assert {'--node-count=2', '--node-prefix=pod'} <= set(create)
+
+
+def test_run_given_twice_joins_the_run_that_goes_on(cloud):
+    cloud.codes('wait 0')
+    assert cloud(*RUN[:2], '--detach', *RUN[2:]).returncode == 0
+    again = cloud(*RUN[:2], '--detach', *RUN[2:])
+    assert again.returncode == 0 and again.stdout.count('already running') == 2, again.stderr
+    for number in (0, 1):
+        assert cloud.python(number).count('bert_jax.pretrain') == 1
+    cloud('stop', 'pod')
+
+
+def test_a_worker_with_an_old_python_gets_a_new_one(tmp_path):
+    """Ubuntu 22.04 has 3.10, too old for jax: uv brings another."""
+    home, bin_ = tmp_path / 'bert_jax', tmp_path / 'bin'
+    shutil.copytree(ROOT / 'launch', home / 'launch')
+    bin_.mkdir()
+    (home / 'requirements-tpu.txt').write_text('')
+    old = '#!/bin/bash\necho "$@" >> "$HOME/calls"\n[ "$1" != -c ]\n'
+    new = '#!/bin/bash\nexit 0\n'
+    uv = f'#!/bin/bash\necho uv "$@" >> "$HOME/calls"\nmkdir -p .venv/bin\nfor one in python pip; do printf %s {shlex.quote(new)} > .venv/bin/$one; chmod +x .venv/bin/$one; done\n'
+    for name, script in {'python3': old, 'python3.11': old, 'python3.12': old, 'python3.13': old, 'uv': uv}.items():
+        (bin_ / name).write_text(script)
+        (bin_ / name).chmod(0o755)
+    done = subprocess.run(['bash', 'launch/worker.sh', 'setup'], cwd=home, text=True, capture_output=True,
+                          env={'HOME': str(tmp_path), 'PATH': f'{bin_}:/usr/bin:/bin'})
+    calls = (tmp_path / 'calls').read_text()
+    assert done.returncode == 0 and '-m pip install --quiet --user uv' in calls and 'uv venv' in calls, done.stderr + calls
 
 
 def test_a_run_that_fails_says_so_with_its_last_lines(cloud):

@@ -33,7 +33,7 @@ def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[B
         arrays = tf.numpy_function(lambda s: [np.ascontiguousarray(v) for v in make(int(s)).values()],
                                    [step], types, stateful=False)
         for array, value in zip(arrays, first.values()):
-            array.set_shape(value.shape[:1] + value.shape[1:])
+            array.set_shape(value.shape)
         return dict(zip(names, arrays))
 
     dataset = tf.data.Dataset.range(start, stop).map(load, num_parallel_calls=THREADS, deterministic=True)
@@ -45,7 +45,7 @@ def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[B
 def import_ahead(stream: str) -> None:
     """Begins to import what a stream needs, while the caller compiles: tensorflow takes seconds."""
     def load() -> None:
-        with contextlib.suppress(ImportError):  # the stream itself says so
+        with contextlib.suppress(ImportError):
             importlib.import_module('tensorflow')
 
     if stream == 'tf':

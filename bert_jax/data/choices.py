@@ -166,7 +166,9 @@ def files(task: Task, split: str, rows: Sequence[Question], predictions: list[di
 def parse(value: Any) -> Question:
     """A question of what predict is given: (context, choice, choice, ...), or {'context', 'choices'}."""
     if isinstance(value, dict):
-        value = value['context'], *list(value['choices'])
+        if not isinstance(value['choices'], list):
+            raise ValueError('a list of choices')
+        value = value['context'], *value['choices']
     context, *options = value
     if isinstance(value, str) or len(options) < 2 or not all(isinstance(part, str) for part in value):
         raise ValueError('a context and two choices or more')

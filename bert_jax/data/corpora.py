@@ -8,20 +8,22 @@ import dataclasses
 import glob
 import gzip
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow.parquet
 
-from bert_jax.cli import UserError, choose
+from bert_jax.cli import UserError, choose, first_line
 from bert_jax.data import stdlib
 
 BLOCK_BYTES = 4 << 20
 LINE_BYTES = 1 << 20  # a longer line in one-sentence-a-line text is a mistake
 DOCUMENT_BYTES = 256 << 20
 SENTENCE_END = re.compile(
-    r'(?<=[.!?…])["\'”’)\]]*\s+(?=["\'“‘(\[]*[A-Z0-9À-ÖØ-Þ])|(?<=[。！？])["\'”’」』）]*')
+    r'(?<=[.!?…؟۔।])["\'”’»)\]]*\s+(?=["\'“‘«„(\[¿¡]*(?P<next>[^\W_]))|(?<=[。！？])["\'”’」』）]*')
 ABBREVIATION = re.compile(
     r'(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|No|vol|pp|Fig|Inc|Ltd|Co|Gen|Col|Capt|Lt)|\b[A-Z])\.$')
 
@@ -55,7 +57,7 @@ def expand(inputs: Sequence[str]) -> list[str]:
         if _scheme(pattern):
             names.append(pattern)
             continue
-        found = sorted(glob.glob(pattern, recursive=True))
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise UserError(f'{pattern}: no such file; nothing matches.')
         names += found
@@ -106,14 +108,16 @@ class Reader:
 def split_sentences(text: str) -> list[str]:
     """Sentences of a paragraph, by rule.
 
-    A sentence ends at . ! ? or … before white space and a capital or a digit, not after a known
-    abbreviation or a single capital letter, and after the CJK full stops 。！？. Line breaks are spaces.
+    A sentence ends at . ! ? … (or ؟ ۔ ।) before white space and a letter that is not a small one, or a digit,
+    not after a known English abbreviation or a single capital letter, and after the CJK full stops 。！？.
+    Line breaks are spaces.
     """
     text = ' '.join(text.split())
     sentences, start = [], 0
     for match in SENTENCE_END.finditer(text):
         piece = text[start:match.end()].strip()
-        if piece and not ABBREVIATION.search(piece):
+        goes_on = (match['next'] or '').islower() or ABBREVIATION.search(piece)
+        if piece and not goes_on:
             sentences.append(piece)
             start = match.end()
     last = text[start:].strip()
@@ -134,7 +138,7 @@ def _read_blocks(name: str, last_cut: Callable[[bytes], int], too_long: str) -> 
         while True:
             try:
                 data = file.read(BLOCK_BYTES)
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f'{name}: cannot be read ({error}).') from error
             if not data:
                 break
@@ -214,7 +218,11 @@ def _json_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
             raise UserError(f'{where}: no column {reader.text_column!r}; there are: {names} (--text_column).')
         if not isinstance(record[reader.text_column], str):
             raise UserError(f'{where}: column {reader.text_column!r} is not a string.')
-        yield _text_sentences(record[reader.text_column])
+        try:
+            text = record[reader.text_column].encode('utf-8', 'surrogatepass').decode('utf-8', reader.errors)
+        except UnicodeDecodeError as error:  # half of a surrogate pair, as some dumps have
+            raise UserError(f'{where}: not valid UTF-8 ({error.reason}); --errors replace goes on.') from error
+        yield _text_sentences(text)
 
 
 def _text_sentences(text: str) -> list[str]:
@@ -233,9 +241,18 @@ def _parquet_blocks(name: str, reader: Reader) -> Iterator[Block]:
     if reader.text_column not in table.schema_arrow.names:
         raise UserError(f'{name}: no column {reader.text_column!r}; there are: '
                         f'{", ".join(table.schema_arrow.names)} (--text_column).')
-    texts = (text for batch in table.iter_batches(256, columns=[reader.text_column])
-             for text in batch.column(0).to_pylist())
-    return _group(name, (text or '' for text in texts))
+    if str(table.schema_arrow.field(reader.text_column).type) not in ('string', 'large_string', 'string_view'):
+        raise UserError(f'{name}: column {reader.text_column!r} is not text but '
+                        f'{table.schema_arrow.field(reader.text_column).type}.')
+    return _group(name, _parquet_texts(name, table, reader.text_column))
+
+
+def _parquet_texts(name: str, table: pyarrow.parquet.ParquetFile, column: str) -> Iterator[str]:
+    try:
+        for batch in table.iter_batches(256, columns=[column]):
+            yield from (text or '' for text in batch.column(0).to_pylist())
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f'{name}: cannot be read ({first_line(error)}).') from error
 
 
 def tfds_records(name: str, split: str) -> Iterator[tuple[dict[str, Any], list[str]]]:
@@ -245,7 +262,9 @@ def tfds_records(name: str, split: str) -> Iterator[tuple[dict[str, Any], list[s
     try:
         source, info = tfds.load(name, split=split, shuffle_files=False, with_info=True)
     except Exception as error:  # tfds raises many kinds
-        raise UserError(f'tfds:{name}, {split}: {str(error).splitlines()[0]}') from error
+        raise UserError(f'tfds:{name}, {split}: {first_line(error)}') from error
+    if 'label' not in info.features:
+        raise UserError(f'tfds:{name}: no feature label; there are: {", ".join(info.features)}.')
     names = getattr(info.features['label'], 'names', [])
     for record in tfds.as_numpy(source):
         yield record, names
@@ -259,12 +278,23 @@ def _tfds_blocks(name: str, reader: Reader) -> Iterator[Block]:
     try:
         source = tfds.load(dataset, split=split or 'train', shuffle_files=False)
     except Exception as error:  # TFDS raises its own, urllib's and TensorFlow's errors
-        raise UserError(f'{name}: TFDS cannot load it ({str(error).strip().splitlines()[0]}).') from error
+        raise UserError(f'{name}: TFDS cannot load it ({first_line(error)}).') from error
     if reader.text_column not in source.element_spec:
         raise UserError(f'{name}: no column {reader.text_column!r}; there are: '
                         f'{", ".join(source.element_spec)} (--text_column).')
-    texts = (row[reader.text_column].decode('utf-8', reader.errors) for row in tfds.as_numpy(source))
-    return _group(name, texts)
+    return _group(name, _tfds_texts(name, tfds.as_numpy(source), reader))
+
+
+def _tfds_texts(name: str, records: Iterable[dict[str, Any]], reader: Reader) -> Iterator[str]:
+    for number, record in enumerate(records, 1):
+        text = record[reader.text_column]
+        if not isinstance(text, bytes):
+            raise UserError(f'{name}: column {reader.text_column!r} is not text.')
+        try:
+            yield text.decode('utf-8', reader.errors)
+        except UnicodeDecodeError as error:
+            raise UserError(f'{name}, record {number}: not valid UTF-8 ({error.reason}); --errors replace goes on.'
+                            ) from error
 
 
 def _group(name: str, texts: Iterator[str]) -> Iterator[Block]:

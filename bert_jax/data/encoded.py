@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from bert_jax.data import draws
+from bert_jax.data.tokenizer import Tokenizer
 
 GROUP = 32  # batches of one group are cut from examples sorted by length
 ORDER, BATCH_ORDER = range(2)  # streams of draws
@@ -118,7 +119,7 @@ def collect(rows: Sequence[tuple[list[int], int]], labels: dict[str, np.ndarray]
                    lengths, group, truncated)
 
 
-def join(tokenizer: 'object', a: Sequence[int], b: Sequence[int] | None, max_length: int
+def join(tokenizer: Tokenizer, a: Sequence[int], b: Sequence[int] | None, max_length: int
          ) -> tuple[tuple[list[int], int], bool]:
     """([CLS] A [SEP] (B [SEP]), length of the first segment), and whether tokens were lost.
 
@@ -133,7 +134,7 @@ def join(tokenizer: 'object', a: Sequence[int], b: Sequence[int] | None, max_len
 
 
 def choose_lengths(sizes: np.ndarray, max_length: int, count: int) -> tuple[int, ...]:
-    """At most `count` static lengths for rows of these sizes, with the least padding; the last is max_length.
+    """At most `count` static lengths for rows of these sizes, with the least padding, and max_length after them.
 
     A program is compiled for each length that occurs, so few are better than many. Exact, by dynamic programming
     over the multiples of 8.

@@ -82,9 +82,10 @@ class Examples:
         """Rows an epoch: those of epoch 0, whatever the draws of a later one (within about 0.1 %)."""
         return len(self.rows(0) if self.packed else self.plan(0))
 
-    def batch(self, step: int, batch_size: int, rows: slice | np.ndarray = slice(None)) -> dict[str, np.ndarray]:
-        """The `rows` of the global batch of one step; the same on any number of hosts."""
-        numbers = step * batch_size + np.arange(batch_size)[rows]
+    def batch(self, step: int, batch_size: int, rows: slice | np.ndarray = slice(None), begin: int = 0
+              ) -> dict[str, np.ndarray]:
+        """The `rows` of the global batch of one step, counted from row `begin`; the same on any number of hosts."""
+        numbers = begin + step * batch_size + np.arange(batch_size)[rows]
         epochs = numbers // self.epoch_size
         parts = [self.make(int(epoch), numbers[epochs == epoch] % self.epoch_size) for epoch in np.unique(epochs)]
         if len(parts) == 1:

@@ -5,14 +5,13 @@
 puts the predictions of fine-tuned workdirs into one file for GLUE's server.
 """
 
-import json
 import os
 import pathlib
 import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from bert_jax import cli
+from bert_jax import cli, paths
 from bert_jax.cli import UserError
 from bert_jax.data import corpora, tables
 from bert_jax.data.task import Task
@@ -157,15 +156,21 @@ def main() -> None:
     found = {}
     for run in map(pathlib.Path, args.runs):
         if (run / 'sweep.json').exists():
-            run = run / 'runs' / json.loads((run / 'sweep.json').read_text())['chosen']
+            run = run / 'runs' / paths.read_json(run / 'sweep.json')['chosen']
         files = sorted(run.glob('submission/*.tsv'))
         if not files:
             raise UserError(f'{run}: no submission/*.tsv there; was it fine-tuned on a GLUE task with a test file?')
-        found |= {file.name: file for file in files}
-    pathlib.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(args.output, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            if file.name in found:
+                raise UserError(f'{file} and {found[file.name]}: two runs of one task.')
+            found[file.name] = file
+    output = paths.check_local(args.output, '--output')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + '.partial')
+    with zipfile.ZipFile(partial, 'w', zipfile.ZIP_DEFLATED) as archive:
         for name, file in sorted(found.items()):
             archive.write(file, name)
+    partial.replace(output)
     missing = {name for layout in LAYOUTS.values() for name in layout.submission.values()} - found.keys()
     print(f'{args.output}: {", ".join(sorted(found))}.')
     if missing:

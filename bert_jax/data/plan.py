@@ -70,7 +70,7 @@ def _next_sentence(split: Split, key: int, budget: int, target: np.ndarray) -> n
     if len(split.document_lengths) < 2:
         raise UserError('Next-sentence pairs need at least two documents, this side of the store has one: '
                         'separate documents by blank lines, hold out more (--held_out), '
-                        'or train without pairs (--config.pairing=single).')
+                        'or train without pairs (--config configs/pretrain.py:SIZE,no_nsp).')
     starts = split.sentence_starts
 
     def step(document: np.ndarray, first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -195,7 +195,7 @@ def decode(task: Task, rows: Sequence[Question], data: encoded.Encoded, outputs:
         best = nbest[0] if nbest else {'text': '', 'begin': 0, 'end': 0, 'score': LOWEST}
         odds = float(null - best['score'])
         answer = best
-        if task.settings['null_answers'] and odds > task.settings['null_threshold']:
+        if task.settings['null_answers'] and odds > (task.settings['null_threshold'] or 0.0):
             answer = {'text': '', 'begin': 0, 'end': 0}
         found.append({'text': answer['text'], 'begin': answer['begin'], 'end': answer['end'], 'null_odds': odds,
                       'nbest': nbest})
@@ -235,12 +235,17 @@ def _nbest(row: Question, spans: list[tuple[float, int, int]], count: int) -> li
 
 def score(task: Task, rows: Sequence[Question], outputs: dict[str, Sequence[np.ndarray]],
           predictions: list[dict[str, Any]]) -> dict[str, float]:
-    """SQuAD's scores in per cent; with unanswerable questions at the threshold that is best for F1 on these rows."""
+    """SQuAD's scores in per cent.
+
+    With unanswerable questions, and no threshold in the task yet, at the one that is best for F1 on these rows.
+    """
     answers = {row.id: [text for text, _ in row.answers] for row in rows}
     best = {row.id: one['nbest'][0]['text'] if one['nbest'] else '' for row, one in zip(rows, predictions)}
     if not task.settings['null_answers']:
         return scores.squad(answers, best)
     odds = {row.id: one['null_odds'] for row, one in zip(rows, predictions)}
+    if task.settings['null_threshold'] is not None:
+        return scores.squad(answers, {row.id: one['text'] for row, one in zip(rows, predictions)}, odds)
     each = {id_: max([scores.token_f1(text, best[id_]) for text in gold] or [float(not best[id_])])
             for id_, gold in answers.items()}
     value, threshold = scores.best_threshold(answers, best, each, odds)

@@ -8,13 +8,14 @@ writes a labelled task made from it: which package a docstring comes from.
 import ast
 import csv
 import inspect
+import io
 import pathlib
 import pydoc_data.topics
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 
-from bert_jax import cli
+from bert_jax import cli, paths
 
 SKIPPED = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__', 'lib2to3', 'pydoc_data', 'dist-packages'}
 MIN_CHARACTERS = 60
@@ -66,10 +67,11 @@ def main() -> None:
     parser.add_argument('--output', required=True, metavar='FILE', help='the TSV to write: text, package')
     args = parser.parse_args()
     rows = labelled()
-    with open(args.output, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file, delimiter='\t', lineterminator='\n')
-        writer.writerow(('text', 'package'))
-        writer.writerows(rows)
+    table = io.StringIO()
+    csv.writer(table, delimiter='\t', lineterminator='\n').writerows([('text', 'package'), *rows])
+    output = paths.check_local(args.output, '--output')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    paths.write_whole(output, table.getvalue())
     counts = Counter(package for _, package in rows)
     print(f'{args.output}: {len(rows)} docstrings of {len(counts)} packages: '
           + ', '.join(f'{name} {count}' for name, count in counts.most_common()))

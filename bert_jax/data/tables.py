@@ -3,12 +3,15 @@
 import csv
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from bert_jax.cli import UserError
 
 T = TypeVar('T')
+csv.field_size_limit(sys.maxsize)  # a text may be long
 
 
 def read_table(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -57,6 +60,8 @@ def _json_rows(file: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str,
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f'{file}:{number}: not JSON ({error.msg}).') from error
+            if '\\ud' in line.lower() and re.search('[\ud800-\udfff]', json.dumps(record, ensure_ascii=False)):
+                raise UserError(f'{file}:{number}: half of a surrogate pair (\\ud8..), which is no character.')
             if not isinstance(record, dict):
                 raise UserError(f'{file}:{number}: a JSON object a line is expected.')
             yield f'{file}:{number}', record

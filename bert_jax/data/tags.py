@@ -51,7 +51,7 @@ def read(file: str, word_column: int, tag_column: int, scheme: str, labelled: bo
     sentences, words, tags, document, first = [], [], [], 0, 0
     with tables.open_text(file) as lines:
         for number, line in enumerate((*tables.decoded(file, lines), ''), 1):
-            fields = line.split()
+            fields = re.split(r'[ \t]+', line.strip(' \t\r\n')) if line.strip() else []
             if fields and fields[0] != DOCUMENT:
                 if not words:
                     first = number
@@ -261,7 +261,10 @@ def files(task: Task, split: str, rows: Sequence[Sentence], predictions: list[di
 
 def parse(value: Any) -> Sentence:
     """A sentence of what predict is given: words with spaces between them, or {'words': [...]}."""
-    words = value['words'] if isinstance(value, dict) else value.split() if isinstance(value, str) else value
+    words = value['words'] if isinstance(value, dict) else value
+    words = words.split() if isinstance(words, str) else words
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError('words')
     return Sentence(tuple(words) or ('',), None, 0, '')
 
 

@@ -112,7 +112,7 @@ def span(*, train_file: str, dev_file: str, test_file: str, null_answers: bool, 
                     raise UserError(f'{row.where}: a question without an answer; give --config.task.null_answers=True.')
     return Task('span', splits, best='f1', settings={
         'null_answers': null_answers, 'stride': stride, 'max_query_length': max_query_length,
-        'max_answer_length': max_answer_length, 'n_best': n_best, 'null_threshold': 0.0})
+        'max_answer_length': max_answer_length, 'n_best': n_best, 'null_threshold': None})
 
 
 def choice(*, train_file: str, dev_file: str, test_file: str, format: str, dev_share: float) -> Task:

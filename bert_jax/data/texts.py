@@ -52,32 +52,40 @@ def with_classes(task: Task) -> Task:
     """A task whose label names, unless given, are those of its training split; checks every label.
 
     Raises:
-      UserError: one label only, or a label that is not in the set (file and line).
+      UserError: fewer than two labels, a row without one, or one that is not in the set (file and line).
     """
-    labels = task.labels or tuple(sorted({str(row.label) for row in task.splits['train']}))
+    labels = task.labels or tuple(sorted({str(row.label) for row in task.splits['train']} - {''}))
     if len(labels) < 2:
-        raise UserError(f'{task.splits["train"][0].where.rpartition(":")[0]}: only one label, {labels[0]!r}.')
+        raise UserError(f'{_file(task)}: {len(labels)} labels ({", ".join(labels)}); two or more are expected.')
     for rows in task.splits.values():
         for row in rows:
+            if row.label == '':
+                raise UserError(f'{row.where}: no label.')
             if row.label is not None and (isinstance(row.label, list) or row.label not in labels):
                 raise UserError(f'{row.where}: label {row.label!r} is not in the label set: {", ".join(labels)}.')
     return dataclasses.replace(task, labels=labels)
 
 
 def with_label_sets(task: Task) -> Task:
-    """A multi-label task: each label is a list (JSON lines) or names with spaces, commas or | between them."""
+    """A multi-label task: each label is a list (JSON lines) or names with spaces, commas or | between them; or none."""
     def parts(row: Row) -> Row:
         names = row.label.replace(',', ' ').replace('|', ' ').split() if isinstance(row.label, str) else row.label
-        return dataclasses.replace(row, label=None if names is None else tuple(map(str, names)))
+        return dataclasses.replace(row, label=None if names is None else tuple(sorted(set(map(str, names)))))
 
     splits = {split: [parts(row) for row in rows] for split, rows in task.splits.items()}
     labels = task.labels or tuple(sorted({name for row in splits['train'] for name in row.label}))
+    if len(labels) < 2:
+        raise UserError(f'{_file(task)}: {len(labels)} labels ({", ".join(labels)}); two or more are expected.')
     for rows in splits.values():
         for row in rows:
             for name in row.label or ():
                 if name not in labels:
                     raise UserError(f'{row.where}: label {name!r} is not in the label set: {", ".join(labels)}.')
     return dataclasses.replace(task, splits=splits, labels=labels)
+
+
+def _file(task: Task) -> str:
+    return task.splits['train'][0].where.rpartition(':')[0]
 
 
 def with_numbers(task: Task) -> Task:

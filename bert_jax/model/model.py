@@ -65,13 +65,16 @@ class Model(nn.Module):
         return {name: target.count(batch) for name, target in self.targets.items()}
 
 
+DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16')}
+
+
 def build(config: ConfigDict) -> Model:
     """The module a config describes: `embeddings`, `encoder`, `targets`, and one `dtype` for all.
 
     Raises:
       UserError: an unknown name or keyword, a size that does not divide.
     """
-    dtype = jnp.dtype(config.dtype)
+    dtype = choose('dtype', DTYPES, config.dtype)
     embeddings = _construct('embeddings', EMBEDDINGS, config.embeddings.to_dict(), dtype)
     encoder = _construct('encoder', ENCODERS, config.encoder.to_dict(), dtype)
     if embeddings.hidden_size % encoder.num_heads:
