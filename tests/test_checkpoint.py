@@ -91,6 +91,18 @@ def test_an_unfinished_checkpoint_is_passed_over_and_made_again(saved, capsys):
     assert same(resumed(saved), state(30, 31.0))
 
 
+def test_a_damaged_newer_step_does_not_push_out_good_ones(saved, capsys):
+    """With one to keep: step 30 is damaged, 20 goes on; saving 25 must not leave the damaged one alone."""
+    damaged = next(path for path in (saved / '00000030' / 'params').rglob('*') if path.is_file())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    checkpoints = checkpoint.Checkpoints(saved, keep=1)
+    assert same(checkpoints.resume(state()), state(20, 20.0)) and 'is damaged' in capsys.readouterr().out
+    assert checkpoints.steps() == [20]
+    checkpoints.save(25, state(25, 25.0))
+    checkpoints.wait()
+    assert checkpoints.steps() == [25] and same(resumed(saved), state(25, 25.0))
+
+
 def test_the_best_is_kept_beside_the_last(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, best='dev/accuracy')
     for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.9), (4, 0.7)):

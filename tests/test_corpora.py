@@ -110,6 +110,15 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / 'a.parquet').write_bytes(b'PAR1')
     with pytest.raises(UserError, match='not a Parquet file'):
         read(tmp_path / 'a.parquet')
+    pyarrow.parquet.write_table(pyarrow.table({'text': [1, 2]}), tmp_path / 'b.parquet')
+    with pytest.raises(UserError, match="column 'text' is not text but int64"):
+        read(tmp_path / 'b.parquet')
+    (tmp_path / 'c.jsonl').write_text('{"text": "half a pair: \\ud83d"}\n')
+    with pytest.raises(UserError, match=r'c\.jsonl:1: not valid UTF-8'):
+        read(tmp_path / 'c.jsonl')
+    assert read(tmp_path / 'c.jsonl', errors='replace')[0][0].startswith('half a pair: \ufffd')
+    (tmp_path / 'd[1].txt').write_text('a name that looks like a pattern\n')
+    assert read(tmp_path / 'd[1].txt') == [['a name that looks like a pattern']]
     (tmp_path / 'a.txt.gz').write_bytes(b'not gzip')
     with pytest.raises(UserError, match='cannot be read'):
         read(tmp_path / 'a.txt.gz')

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from bert_jax import pretrain
 from bert_jax.cli import UserError
 from bert_jax.data import batches, draws, examples, masking, tokenizer
 from bert_jax.data.store import Split
@@ -109,6 +110,16 @@ def test_a_batch_is_a_pure_function_of_the_step(store):
     whole = a.batch(7, 8)
     for rows in (slice(0, 4), slice(4, 8)):                   # two hosts
         assert equal(a.batch(7, 8, rows), {k: v[rows] for k, v in whole.items()})
+
+
+def test_a_second_phase_of_a_length_goes_on_in_the_stream(store):
+    """3 steps of 8 rows, some of another length, 2 steps of 16: rows 0 to 55 of one stream, none twice."""
+    stream = examples.Examples(store.train, store.tokenizer, 0, 64)
+    phases = pretrain.make_phases(((3, 64, 8), (1, 96, 8), (2, 64, 16)))
+    assert [(phase.first, phase.stop, phase.begin) for phase in phases] == [(0, 3, 0), (3, 4, 0), (4, 6, 24)]
+    made = [pretrain._make_batch(stream, phase, np.arange(phase.batch_size), step)['input_ids']
+            for phase in (phases[0], phases[2]) for step in range(phase.stop - phase.first)]
+    np.testing.assert_array_equal(np.concatenate(made), stream.batch(0, 56)['input_ids'])
 
 
 @pytest.mark.parametrize('length', [64, 200])

@@ -118,5 +118,11 @@ def test_what_does_not_fit_is_refused_with_what_does():
     expect_error(done, 'It needs', 'of memory', 'This fits: --config.model.encoder.remat')
 
 
+@pytest.mark.skipif(not LIBTPU, reason='needs the TPU compiler: pip install -r requirements-tpu.txt')
+def test_a_search_says_what_it_does_not_take():
+    for words, said in ((['batch=x'], "'x' is not a number"), (['batch=8', '--tokens', '1e9'], 'leave them out')):
+        expect_error(run_module('compile_check', *TINY_BF16, '--topology', 'v5e-16', '--search', *words), said)
+
+
 def test_unknown_names_are_one_line():
     expect_error(run_module('compile_check', *TINY_BF16, '--topology', 'v9-8'), "Unknown topology 'v9-8'", 'v6e-256')

@@ -51,7 +51,6 @@ def test_install_fine_tune_predict_export(tmp_path, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     values = {'SOURCE': str(ROOT), 'DRIVE': False, 'TABLE': str(table), 'INIT_FROM': str(tmp_path / 'hf'), 'EPOCHS': 1.0,
               'BATCH_SIZE': 8, 'MAX_LENGTH': 32}
-    notebook.cells = [cell for cell in notebook.cells if 'GLUE_TASK' not in cell.source]     # which the user would skip
     for cell in notebook.cells:
         cell.source = fill(cell.source, values).replace('--lengths 32,64,128', '--lengths 16')
     nbclient.NotebookClient(notebook, timeout=600, kernel_name='fresh', resources={'metadata': {'path': str(tmp_path)}}).execute()
@@ -65,5 +64,5 @@ def test_install_fine_tune_predict_export(tmp_path, monkeypatch):
 
 
 def test_every_task_of_the_form_is_a_task():
-    offered = re.search(r'GLUE_TASK = .*# @param \[(.*)\]', NOTEBOOK.read_text()).group(1)
-    assert set(re.findall(r'\\"(\w+)\\"', offered)) == set(glue.LAYOUTS)
+    offered = re.search(r'TASK_NAME = .*# @param \[(.*)\]', NOTEBOOK.read_text()).group(1)
+    assert set(re.findall(r'\\"([\w ]+)\\"', offered)) == {'own table', *glue.LAYOUTS}

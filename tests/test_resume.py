@@ -159,6 +159,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(sto
     ('model.embeddings.vocab_size=999', ('vocab_size 999', '1003 in the tokenizer')),
     ('schedule.peek=1', ("Unknown config key 'schedule.peek'", 'schedule.peak')),
     ('accumulation=x', ('accumulation',)),
+    ('save_every=0', ('save_every=0', '1 or more')),
+    ('mask_rate=15.0', ('mask_rate=15.0', '0.001 to 1')),
+    ('replacement=(80,10)', ('replacement (80, 10)', 'together 1')),
+    ('phases=((0,64,8),)', ('each 1 or more',)),
+    ('seed=-1', ('seed=-1',)),
+    ('mesh=(0,-1,1)', ('mesh', 'devices')),
+    ('model.dtype=bf16', ("Unknown dtype 'bf16'", 'bfloat16')),
 ])
 def test_what_cannot_run_is_refused(store_path, tmp_path, override, words):
     extra = ['--config.accumulation=2'] if '((6,64,7)' in override else []

@@ -41,6 +41,7 @@ def test_regression_and_its_constant_sides():
     assert ours['spearman'] == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
     assert ours['mse'] == pytest.approx(sklearn.metrics.mean_squared_error(a, b))
     assert scores.regression(np.zeros(40), b)['spearman'] == 0
+    assert scores.regression(a[:1], b[:1])['pearson'] == 0  # a single row
 
 
 def test_multilabel():

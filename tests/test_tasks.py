@@ -323,6 +323,38 @@ def test_no_answer_is_said_above_the_threshold_that_is_best_on_dev():
     assert result['null_threshold'] < -1 and result['f1'] == 100
 
 
+def test_a_labelled_test_file_is_scored_as_it_is_predicted():
+    """At the threshold that the task has from dev, not at one chosen on the test file."""
+    rows = [question('w1', ('w1', 0), id='a'), question('w3', id='c')]
+    found = [{'null_odds': odds, 'text': '', 'nbest': [{'text': row.passage}]} for row, odds in zip(rows, (-1.0, 2.0))]
+    settings = SETTINGS | {'null_answers': True}
+    assert spans.score(Task('span', {}, settings=settings), rows, {}, found)['f1'] == 100
+    assert spans.score(Task('span', {}, settings=settings | {'null_threshold': -99.0}), rows, {}, found)['f1'] == 50
+
+
+def test_what_is_not_a_list_of_words_or_choices():
+    assert tags.parse({'words': 'Angela Merkel'}).words == ('Angela', 'Merkel')
+    for value in ({'words': [1, 2]}, {'words': 3}):
+        with pytest.raises((ValueError, TypeError)):
+            tags.parse(value)
+    with pytest.raises(ValueError, match='list'):
+        choices.parse({'context': 'a', 'choices': 'bcd'})
+
+
+def test_columns_end_at_spaces_and_tabs_alone(tmp_path):
+    (tmp_path / 'a.conll').write_text('10\u00a0000\tB-NUM\n')
+    (row,) = tags.read(str(tmp_path / 'a.conll'), 0, -1, 'iob2', labelled=True)
+    assert row.words == ('10\u00a0000',) and row.tags == ('B-NUM',)
+
+
+def test_long_texts_and_sets_of_labels(tmp_path):
+    (tmp_path / 'a.csv').write_text(f'text,label\n{"w " * 100_000},b a\nw,"a,b"\nw,c\n')
+    task = tasks.TASKS['multilabel'](train_file=str(tmp_path / 'a.csv'), dev_file=str(tmp_path / 'a.csv'), test_file='', text_column='text',
+                                     text_pair_column='', label_column='label', labels=(), dev_share=0.1)
+    assert [row.label for row in task.splits['train']] == [('a', 'b'), ('a', 'b'), ('c',)]
+    assert len(task.splits['train'][0].text) == 200_000
+
+
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=60), count=st.integers(1, 5))
 def test_static_lengths_are_the_best_ones(sizes, count):
@@ -365,6 +397,8 @@ def bad(name, folder, content, suffix):
 @pytest.mark.parametrize('name, suffix, content, words', [
     ('regression', '.csv', 'text,label\na,1\nb,x\n', ('bad.csv:3', "'x' is not a number")),
     ('multilabel', '.csv', 'text,kind\na,b\n', ("no column 'label'", 'text, kind')),
+    ('multilabel', '.csv', 'text,label\na,x\nb,x\n', ('bad.csv', '1 labels (x)')),
+    ('multilabel', '.jsonl', '{"text": "a \\ud83d", "label": ["x", "y"]}\n', ('bad.jsonl:1', 'surrogate')),
     ('tagging', '.conll', 'a O\nb I-X\n', ('bad.conll:2', "'I-X' is not IOB2", 'iob1')),
     ('tagging', '.conll', 'a O\nb Q-X\n', ('bad.conll:2', 'not a tag')),
     ('tagging', '.conll', '\n\n', ('no sentences',)),
