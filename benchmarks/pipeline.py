@@ -2,16 +2,20 @@
 
     python benchmarks/pipeline.py --store STORE --repeats 5
 
-Every sequence is a new example with new masks (MLM + NSP), one a row or packed; a sample of the batches is compared with `batch()`.
+Every sequence is a new example with new masks: token or whole-word, with NSP or without, one a row or packed. A sample of the batches is compared with `batch()`.
 """
 
 import argparse
+import pathlib
 import statistics
 import time
 
 import numpy as np
 
-from bert_jax.data import batches, examples, plan, store
+from bert_jax import cli, pretrain
+from bert_jax.data import batches, plan, store
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def main():
@@ -22,14 +26,15 @@ def main():
     args = parser.parse_args()
     data = store.load(args.store)
     for length, steps in ((128, 600), (512, 250)):
-        for masking, packed in (('token', 0), ('whole_word', 0), ('token', 1), ('token', 2)):
-            source = examples.Examples(data.train, data.tokenizer, 0, length, masking=masking, packed=packed)
+        for option in ('', ',whole_word', ',no_nsp', ',packed'):
+            config = cli.load_config(f'{ROOT}/configs/pretrain.py:base{option}', [])
+            source = pretrain.make_examples(config, data.train, data, 0, length, config.packed)
             start = time.perf_counter()
             size = source.epoch_size
             planning = time.perf_counter() - start
             taken = min(steps, size // args.batch_size)
             real = plan.lengths(source.plan(0), source.pairing)
-            print(f'length {length}, {masking}, packed {packed}: plan of {len(real):,} examples in {size:,} rows of {source.row_length}, '
+            print(f'length {length}, base{option}: plan of {len(real):,} examples in {size:,} rows of {source.row_length}, '
                   f'{real.sum() / size / source.row_length:.1%} real tokens, in {planning:.2f} s '
                   f'({len(data.train.sentence_lengths) / planning:,.0f} sentences/s)')
             each = len(real) / size  # examples a row

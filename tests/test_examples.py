@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import AS_IN_THE_PAPER
 
 from bert_jax import pretrain
 from bert_jax.cli import UserError
@@ -12,7 +13,7 @@ from bert_jax.data.store import Split
 
 
 def make(store, length=64, seed=0, split=None, **kwargs):
-    return examples.Examples(split or store.train, store.tokenizer, seed, length, **kwargs)
+    return examples.Examples(split or store.train, store.tokenizer, seed, length, **AS_IN_THE_PAPER | kwargs)
 
 
 def equal(a, b):
@@ -114,7 +115,7 @@ def test_a_batch_is_a_pure_function_of_the_step(store):
 
 def test_a_second_phase_of_a_length_goes_on_in_the_stream(store):
     """3 steps of 8 rows, some of another length, 2 steps of 16: rows 0 to 55 of one stream, none twice."""
-    stream = examples.Examples(store.train, store.tokenizer, 0, 64)
+    stream = examples.Examples(store.train, store.tokenizer, 0, 64, **AS_IN_THE_PAPER)
     phases = pretrain.make_phases(((3, 64, 8), (1, 96, 8), (2, 64, 16)))
     assert [(phase.first, phase.stop, phase.begin) for phase in phases] == [(0, 3, 0), (3, 4, 0), (4, 6, 24)]
     made = [pretrain._make_batch(stream, phase, np.arange(phase.batch_size), step)['input_ids']
@@ -124,7 +125,7 @@ def test_a_second_phase_of_a_length_goes_on_in_the_stream(store):
 
 @pytest.mark.parametrize('length', [64, 200])
 def test_an_empty_batch_has_the_names_shapes_and_types_of_a_real_one(store, length):
-    real, none = make(store, length).batch(0, 8), examples.empty(8, length, 0.15)
+    real, none = make(store, length).batch(0, 8), examples.empty(8, length, 0.15, 0)
     assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in none.items()}
 
 
@@ -165,7 +166,7 @@ def test_whole_words_are_whole(kind, vocab, sentencepiece_vocab, corpus):
     tokens, lengths = tok.encode_batch(sentences)
     kept = lengths[lengths > 0]
     split = Split(tokens, kept.astype(np.uint16), np.array([len(kept) // 2, len(kept) - len(kept) // 2], np.uint32))
-    source = examples.Examples(split, tok, 0, 64, masking='whole_word')
+    source = examples.Examples(split, tok, 0, 64, **AS_IN_THE_PAPER | {'masking': 'whole_word'})
     rows = np.arange(source.epoch_size)
     masked = source.make(0, rows)
     plain, candidates = examples.unmasked(split.tokens, source.plan(0), 64, tok)

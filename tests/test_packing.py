@@ -4,6 +4,7 @@ import jax
 import models
 import numpy as np
 import pytest
+from conftest import AS_IN_THE_PAPER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,8 @@ from bert_jax.data import examples, masking, packing, plan
 
 
 def make(store, packed, length=128, **kwargs):
-    return examples.Examples(store.train, store.tokenizer, 5, length, packed=packed, short_rate=0.7, **kwargs)
+    return examples.Examples(store.train, store.tokenizer, 5, length,
+                             **AS_IN_THE_PAPER | {'packed': packed, 'short_rate': 0.7} | kwargs)
 
 
 @settings(max_examples=60, deadline=None)

@@ -91,10 +91,10 @@ def test_equals_the_transcription(seed, length):
 
 def test_is_rebuilt_bit_for_bit_and_drawn_afresh():
     split = random_split(np.random.default_rng(0))
-    one, again = (plan.plan(split, 'next_sentence', 1, 2, 64) for _ in range(2))
+    one, again = (plan.plan(split, 'next_sentence', 1, 2, 64, short_rate=0.1) for _ in range(2))
     assert one.tobytes() == again.tobytes()
     for other in ((2, 2, 64), (1, 3, 64), (1, 2, 65)):
-        assert plan.plan(split, 'next_sentence', *other).tobytes() != one.tobytes()
+        assert plan.plan(split, 'next_sentence', *other, short_rate=0.1).tobytes() != one.tobytes()
 
 
 def test_every_token_once_as_a_or_true_b_when_nothing_is_cut():
@@ -120,16 +120,16 @@ def test_a_random_b_comes_from_another_document():
     rng = np.random.default_rng(5)
     split = random_split(rng, documents=4)
     owner = np.repeat(np.arange(4), np.diff(split.sentence_starts[split.document_starts]))
-    for a, b, label, _ in spans(plan.plan(split, 'next_sentence', 0, 0, 64)):
+    for a, b, label, _ in spans(plan.plan(split, 'next_sentence', 0, 0, 64, short_rate=0.1)):
         assert (owner[a[0]] != owner[b[0]]) == bool(label)
 
 
 def test_lengths_and_shares(store):
-    table = plan.plan(store.train, 'next_sentence', 0, 0, 64)
+    table = plan.plan(store.train, 'next_sentence', 0, 0, 64, short_rate=0.1)
     lengths = table['a_length'].astype(int) + table['b_length']
     assert lengths.max() == 61 and table['a_length'].min() >= 1 and table['b_length'].min() >= 1
     split = random_split(np.random.default_rng(1), documents=3000)
-    table = plan.plan(split, 'next_sentence', 0, 0, 128)
+    table = plan.plan(split, 'next_sentence', 0, 0, 128, short_rate=0.1)
     assert abs(table['label'][table['sentences'] > 1].mean() - 0.5) < 0.01
     assert table['label'][table['sentences'] == 1].all()
 
@@ -137,12 +137,12 @@ def test_lengths_and_shares(store):
 def test_what_cannot_be_planned_says_why():
     one = Split(np.arange(9), np.full(3, 3, np.uint16), np.full(1, 3, np.uint32))
     with pytest.raises(UserError, match='at least two documents'):
-        plan.plan(one, 'next_sentence', 0, 0, 64)
-    assert len(plan.plan(one, 'single', 0, 0, 64)) == 1
+        plan.plan(one, 'next_sentence', 0, 0, 64, short_rate=0.1)
+    assert len(plan.plan(one, 'single', 0, 0, 64, short_rate=0.1)) == 1
     none = Split(*(np.zeros(0, np.uint16) for _ in range(3)))
     with pytest.raises(UserError, match='no documents'):
-        plan.plan(none, 'single', 0, 0, 64)
+        plan.plan(none, 'single', 0, 0, 64, short_rate=0.1)
     with pytest.raises(UserError, match='too short'):
-        plan.plan(one, 'single', 0, 0, 4)
+        plan.plan(one, 'single', 0, 0, 4, short_rate=0.1)
     with pytest.raises(UserError, match="Unknown pairing 'nextsentence'; known: next_sentence, single"):
-        plan.plan(one, 'nextsentence', 0, 0, 64)
+        plan.plan(one, 'nextsentence', 0, 0, 64, short_rate=0.1)

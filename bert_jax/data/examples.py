@@ -38,12 +38,12 @@ class Examples:
     tokenizer: Tokenizer
     seed: int
     max_length: int
-    pairing: str = 'next_sentence'
-    masking: str = 'token'
-    mask_rate: float = 0.15
-    replacement: tuple[float, float] = (0.8, 0.1)
-    short_rate: float = 0.1
-    packed: int = 0
+    pairing: str
+    masking: str
+    mask_rate: float
+    replacement: tuple[float, float]
+    short_rate: float
+    packed: int
     _cache: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -150,7 +150,7 @@ def unmasked(tokens: np.ndarray, rows: np.ndarray, length: int, tokenizer: Token
     return batch, candidates
 
 
-def empty(batch_size: int, max_length: int, mask_rate: float, packed: int = 0) -> dict[str, np.ndarray]:
+def empty(batch_size: int, max_length: int, mask_rate: float, packed: int) -> dict[str, np.ndarray]:
     """Arrays of the names, shapes and types of a batch, that need no text and no memory."""
     length = max_length * max(1, packed)
     widths = dict.fromkeys(('input_ids', 'input_mask', 'segment_ids', 'position_ids'), length)

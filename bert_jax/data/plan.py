@@ -26,7 +26,7 @@ MIN_LENGTH = 8
 SHORT, CUT, RANDOM, OTHER, WHERE, TRIM_A, TRIM_B, ORDER = range(8)  # streams of draws
 
 
-def plan(split: Split, pairing: str, seed: int, epoch: int, length: int, short_rate: float = 0.1) -> np.ndarray:
+def plan(split: Split, pairing: str, seed: int, epoch: int, length: int, short_rate: float) -> np.ndarray:
     """The examples of one epoch in training order, EXAMPLE [N], memory-mapped on a temporary file.
 
     Args:

@@ -78,7 +78,7 @@ def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: int,
     return tags.with_tags(Task('tagging', splits, tuple(map(str, labels)), 'f1', settings))
 
 
-def conll2003(*, folder: str, document_context: bool, features: str = '', lstm_size: int = 768) -> Task:
+def conll2003(*, folder: str, document_context: bool, features: str, lstm_size: int) -> Task:
     """eng.train, eng.testa (dev) and eng.testb (test, scored too), IOB1 tags in the last column.
 
     With `features` a BiLSTM of `lstm_size` reads activations of the encoder (see heads.BiLstmTagging), which
