@@ -2,7 +2,8 @@
 
     python benchmarks/pipeline.py --store STORE --repeats 5
 
-Every sequence is a new example with new masks: token or whole-word, with NSP or without, one a row or packed. A sample of the batches is compared with `batch()`.
+Every sequence is a new example with new masks: token or whole-word, with NSP or without, one a row or packed. A sample of the
+batches is compared with `batch()`.
 """
 
 import argparse
