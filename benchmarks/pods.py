@@ -12,6 +12,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+import textwrap
 
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLISHED = {  # MLPerf v1.0, BERT-large, 64 TPU v4, about 254 real tokens a sequence: sequences/s a chip
@@ -37,6 +38,8 @@ def main():
             found[name] = json.loads(file.read_text())
     write(ROOT / 'docs' / 'pods.md', table(found))
     write(ROOT / 'configs' / 'pods.py', header(found))
+    if PUBLISHED.keys() & found.keys():
+        write(ROOT / 'bert_jax' / 'compile_check.py', constant('JUDGED', judged(found)))
 
 
 def commands():
@@ -74,7 +77,8 @@ def table(found):
             rows.append(f'| `{name}` | {count} x {phases[0]["device"]}, {phases[0]["memory"]["available"] / 2**30:.1f} GiB | {" | ".join(cells)} '
                         f'| {hours:,.1f} h, {hours * count:,.0f} device-hours |')
     notes = [f'{sum(map(wrong, found.values()))} of {len(found)} programs have a state that is not updated in place, a buffer of all positions times '
-             'the vocabulary, or a float32 product in the trunk.', *(['', judged(found)] if PUBLISHED.keys() & found.keys() else [])]
+             'the vocabulary, or a float32 product in the trunk.',
+             *(['', f'The estimator where the truth is known: {judged(found)}.'] if PUBLISHED.keys() & found.keys() else [])]
     return '\n'.join([*rows, '', *notes])
 
 
@@ -88,9 +92,14 @@ def judged(found):
         if name in found:
             (phase,) = found[name]
             ours = phase['sequences_per_second'] / phase['devices']
-            lines.append(f'The estimator beside what is known: for BERT-large at 256 tokens on {topology} it says {ours:.0f} sequences/s a chip for this program; '
-                         f'Google reached {measured} with theirs (MLPerf v1.0, about 254 real tokens a sequence).')
-    return ' '.join(lines)
+            lines.append(f'BERT-large at 256 tokens on {topology}: {ours:.0f} sequences/s a chip estimated for this program, {measured} measured by '
+                         f'Google for theirs (MLPerf v1.0), {ours / measured:.2f} of it')
+    return '; '.join(lines)
+
+
+def constant(name, text):
+    """Python source of a string, in lines of a readable length."""
+    return '\n'.join([f'{name} = (', *(f'    {line!r}' for line in textwrap.wrap(text, 100, drop_whitespace=False)), ')'])
 
 
 def header(found):
@@ -105,10 +114,9 @@ def header(found):
 
 def write(path, text):
     """Between the two marks of a file."""
-    begin, end = ('<!-- written by benchmarks/pods.py -->', '<!-- to here -->') if path.suffix == '.md' else ('(written by benchmarks/pods.py)', '(to here)')
-    before, _, rest = path.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    path.write_text(f'{before}{begin}\n{text}\n{end}{after}')
+    lines = path.read_text().splitlines()
+    begin, end = ([mark in line for line in lines].index(True) for mark in ('written by benchmarks/pods.py', 'to here'))
+    path.write_text('\n'.join([*lines[:begin + 1], text, *lines[end:]]) + '\n')
 
 
 if __name__ == '__main__':

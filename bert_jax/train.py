@@ -236,13 +236,14 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
     return state
 
 
-SHOWN = {'padding': 'padding {:.1%}', 'tokens_per_second': '{:,.0f} tokens/s', 'mfu': 'MFU {:.1%}'}
+SCORES = re.compile(r'loss|accuracy|matthews|spearman|exact|f1(?!\[)')  # but those of single classes
+SPEEDS = {'padding': 'padding {:.1%}', 'tokens_per_second': '{:,.0f} tokens/s', 'mfu': 'MFU {:.1%}'}
 
 
 def describe(values: Mapping[str, float]) -> str:
     """Metrics in a line for people."""
-    shown = [f'{name} {value:.4f}' for name, value in values.items() if re.search('loss|accuracy|f1', name)]
-    shown += [form.format(values[name]) for name, form in SHOWN.items() if name in values]
+    shown = [f'{name} {value:.4f}' for name, value in values.items() if SCORES.search(name)]
+    shown += [form.format(values[name]) for name, form in SPEEDS.items() if name in values]
     return ', '.join(shown)
 
 
