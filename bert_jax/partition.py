@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -146,6 +147,20 @@ def _spec(path: tuple, leaf: Any, mesh: Mesh, fsdp: bool = True) -> P:
     if fsdp and split > 1 and free:
         spec[max(free, key=lambda d: leaf.shape[d])] = 'fsdp'
     return P(*spec)
+
+
+def copies(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """[parts, *x.shape]: x once for each part into which devices cut the batch (1 outside `logical_axes`).
+
+    Each device holds one, so nothing is copied; the gradients of all uses are added there before devices talk.
+
+    Args:
+      x: parameters.
+      axes: the logical names of its axes.
+    """
+    split = dict(nn.get_logical_axis_rules()).get('batch') or ()
+    parts = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in split)
+    return nn.with_logical_constraint(jnp.broadcast_to(x, (parts, *x.shape)), ('batch', *axes))
 
 
 @contextlib.contextmanager

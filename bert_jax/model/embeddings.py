@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bert_jax import partition
 from bert_jax.model.layers import Dropout, LayerNorm, kernel_init
 
 VOCAB_MULTIPLE = 128  # what hardware likes; the extra rows never leave the program
@@ -12,6 +13,24 @@ VOCAB_MULTIPLE = 128  # what hardware likes; the extra rows never leave the prog
 def padded_vocab_size(vocab_size: int) -> int:
     """V rounded up to a multiple of 128."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@jax.custom_vjp
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table [parts, V, D] at ids [B, L] -> [B, L, D]; the gradient is summed in float32."""
+    parts, _, width = table.shape
+    found = jax.vmap(lambda table, ids: jnp.take(table, ids, axis=0))(table, ids.reshape(parts, -1))
+    return found.reshape(*ids.shape, width)
+
+
+def _lookup_backward(saved: tuple, grad: jax.Array) -> tuple[jax.Array, None]:
+    table, ids = saved
+    parts, size, width = table.shape
+    add = jax.vmap(lambda ids, grad: jnp.zeros((size, width), jnp.float32).at[ids].add(grad))
+    return add(ids.reshape(parts, -1), grad.astype(jnp.float32).reshape(parts, -1, width)).astype(table.dtype), None
+
+
+lookup.defvjp(lambda table, ids: (lookup(table, ids), (table, ids)), _lookup_backward)
 
 
 class BertEmbeddings(nn.Module):
@@ -24,6 +43,8 @@ class BertEmbeddings(nn.Module):
       num_segments: 2 for sentence A and B.
       dropout_rate: on the normalised sum.
       dtype: what is computed in.
+      table: the token table [parts, V padded, D], which output layers share: a copy for each part of the batch, so that
+        its gradients of both are added where they are before they are reduced, once.
     """
 
     vocab_size: int
@@ -35,7 +56,8 @@ class BertEmbeddings(nn.Module):
 
     def setup(self) -> None:
         """Parameters: token [V padded, D], position [max_length, D], segment [num_segments, D]."""
-        self.token = self.param('token', kernel_init, (padded_vocab_size(self.vocab_size), self.hidden_size))
+        token = self.param('token', kernel_init, (padded_vocab_size(self.vocab_size), self.hidden_size))
+        self.table = partition.copies(token.astype(self.dtype), ('vocab', 'hidden'))
         self.position = self.param('position', kernel_init, (self.max_length, self.hidden_size))
         self.segment = self.param('segment', kernel_init, (self.num_segments, self.hidden_size))
         self.norm = LayerNorm(self.dtype)
@@ -43,16 +65,11 @@ class BertEmbeddings(nn.Module):
 
     def __call__(self, batch: dict[str, jax.Array], *, train: bool) -> jax.Array:
         """input_ids, segment_ids, position_ids [B, L] -> [B, L, D]."""
-        x = jnp.take(self.token, batch['input_ids'], axis=0)
+        x = lookup(self.table, batch['input_ids']).astype(jnp.float32)
         x += jnp.take(self.position, batch['position_ids'], axis=0)
         segments = jax.nn.one_hot(batch['segment_ids'].reshape(-1), self.num_segments, dtype=x.dtype)
         x += (segments @ self.segment).reshape(x.shape)
         return self.dropout(self.norm(x), train=train)
-
-    @property
-    def table(self) -> jax.Array:
-        """The token table [V padded, D], which output layers share."""
-        return self.token
 
 
 EMBEDDINGS = {'bert': BertEmbeddings}

@@ -3,7 +3,8 @@
 The contract of a target, a Linen module:
 
     uses_pooled: bool                                 whether it reads Encoded.pooled
-    outputs(encoded, batch, table, *, train)          -> dict of arrays: what prediction and evaluation read
+    outputs(encoded, batch, table, *, train)          -> dict of arrays: what prediction and evaluation read; table is
+                                                         the token table [parts, V padded, D], of equal parts
     losses(outputs, batch)                            -> {'loss': Mean, '<metric>': Mean, ...}
     count(batch)                                      -> the loss's count, from the labels alone
 
@@ -42,10 +43,11 @@ class MaskedLM(nn.Module):
         x = gather(encoded.hidden, batch['masked_lm_positions'])           # [B, P, D]
         x = Dense((x.shape[-1],), self.dtype, name='dense')(x)
         x = LayerNorm(self.dtype, name='norm')(ACTIVATIONS[self.activation](x))
-        bias = self.param('bias', nn.initializers.zeros, (table.shape[0],))
-        bias = jnp.where(jnp.arange(table.shape[0]) < self.vocab_size, bias, -1e9)
-        logits = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), table.astype(self.dtype), (((1,), (1,)), ((), ())),
-                                     preferred_element_type=jnp.float32)   # [B * P, V padded]
+        parts, size, width = table.shape
+        bias = self.param('bias', nn.initializers.zeros, (size,))
+        bias = jnp.where(jnp.arange(size) < self.vocab_size, bias, -1e9)
+        logits = jnp.einsum('gnD,gVD->gnV', x.reshape(parts, -1, width), table,
+                            preferred_element_type=jnp.float32)            # [parts, B * P / parts, V padded]
         logits = (logits + bias).reshape(*x.shape[:2], -1)
         return {'logits': nn.with_logical_constraint(logits, ('batch', 'predictions', 'vocab'))}
 
