@@ -79,7 +79,7 @@ def test_the_contract_of_encoders(name):
     assert encoded.layers['hidden'].shape == (3, 8, L, D)
     np.testing.assert_array_equal(encoded.layers['hidden'][-1], encoded.hidden)
     for part in ('query', 'key', 'value'):
-        assert encoded.layers[part].shape == (2, 8, L, 4, D // 4)
+        assert encoded.layers[part].shape == (2, 8, 4, L, D // 4)
 
 
 def fine_tuning_labels(name):

@@ -17,7 +17,7 @@ class Encoded:
     Attributes:
       hidden: [B, L, D], the last layer.
       layers: what `layer_outputs` asked for: 'hidden' [N + 1, B, L, D] with row 0 the embeddings,
-        'query', 'key', 'value' [N, B, L, H, K].
+        'query', 'key', 'value' [N, B, H, L, K].
       pooled: [B, E, D], tanh(dense) of each example's [CLS], when a target reads it.
     """
 

@@ -14,7 +14,7 @@ Batch = dict[str, jax.Array]
 def _logits(head: nn.Module, x: jax.Array, width: int, train: bool) -> jax.Array:
     """Dropout and a dense layer, within a head's compact method: x [..., D] -> float32 [..., width]."""
     x = Dropout(head.dropout_rate)(x, train=train)
-    return Dense((width,), head.dtype, name='dense')(x).astype(jnp.float32)
+    return Dense(width, head.dtype, name='dense')(x).astype(jnp.float32)
 
 
 class Classification(nn.Module):
@@ -135,7 +135,7 @@ class Span(nn.Module):
     @nn.compact
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """hidden [B, L, D] -> start_logits, end_logits float32 [B, L], -1e9 at padding."""
-        logits = Dense((2,), self.dtype, name='dense')(encoded.hidden).astype(jnp.float32)
+        logits = Dense(2, self.dtype, name='dense')(encoded.hidden).astype(jnp.float32)
         logits = jnp.where(batch['input_mask'][..., None] > 0, logits, -1e9)
         return {'start_logits': logits[..., 0], 'end_logits': logits[..., 1]}
 

@@ -49,6 +49,25 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
+def _by_platform(cpu: Callable, other: Callable) -> Callable:
+    """A function of arrays that is `cpu` on CPUs and `other` elsewhere, and so is its gradient.
+
+    `platform_dependent` alone would keep for the backward pass what either of them needs.
+    """
+    @jax.custom_vjp
+    def chosen(*args: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(*args, cpu=cpu, default=other)
+
+    def backward(args: tuple, grad: jax.Array) -> tuple:
+        def gradient(function: Callable) -> Callable:
+            return lambda grad, *args: jax.vjp(function, *args)[1](grad)
+
+        return jax.lax.platform_dependent(grad, *args, cpu=gradient(cpu), default=gradient(other))
+
+    chosen.defvjp(lambda *args: (chosen(*args), args), backward)
+    return chosen
+
+
 def _sum_rows(x: jax.Array) -> jax.Array:
     """x [..., D] -> [D], as a product with a row of ones: ten times faster than XLA's sum over rows on CPU."""
     x = x.reshape(-1, x.shape[-1])
@@ -65,38 +84,55 @@ def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 _add_bias.defvjp(lambda x, bias: (x + bias, None), lambda _, grad: (grad, _sum_rows(grad).astype(grad.dtype)))
 
 
-class Dense(nn.Module):
-    """x @ kernel + bias over the last axes of x.
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., D] @ kernel [D, F] + bias [F] -> [..., F].
 
-    Rows, inputs and features are flattened first, so that forward and backward pass are plain matrix products:
-    given more axes, XLA transposes the gradient before it, which on CPU costs half as much as the product.
+    Rows are flattened first, so that forward and backward pass are plain matrix products: given more axes, XLA
+    transposes the gradient before it, which on CPU costs half as much as the product.
+    """
+    return _add_bias(x.reshape(-1, x.shape[-1]) @ kernel, bias).reshape(*x.shape[:-1], -1)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias.
 
     Attributes:
-      features: the output axes.
+      features: F.
       dtype: what is computed in.
-      inputs: how many trailing axes of x are summed over.
     """
 
-    features: tuple[int, ...]
+    features: int
     dtype: jnp.dtype
-    inputs: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., *inputs] -> [..., *features]."""
-        inputs = x.shape[-self.inputs:]
-        kernel = self.param('kernel', kernel_init, (*inputs, *self.features)).astype(self.dtype)
-        bias = self.param('bias', nn.initializers.zeros, self.features).astype(self.dtype)
+        """x [..., D] -> [..., F]."""
+        kernel = self.param('kernel', kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return _affine(x.astype(self.dtype), kernel, bias)
 
 
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [..., *inputs], kernel [*inputs, *features], bias [*features] -> [..., *features], as one plain product."""
-    features = bias.shape
-    inputs = kernel.ndim - bias.ndim
-    rows, width = x.shape[:-inputs], math.prod(features)
-    x = x.reshape(-1, math.prod(kernel.shape[:inputs])) @ kernel.reshape(-1, width)
-    return _add_bias(x, bias.reshape(width)).reshape(*rows, *features)
+def _plain_split(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    flat = _affine(x, kernel.reshape(x.shape[-1], -1), bias.reshape(-1))
+    return flat.reshape(*x.shape[:2], *bias.shape).swapaxes(1, 2)
+
+
+def _plain_join(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    flat = x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
+    return _affine(flat, kernel.reshape(-1, kernel.shape[-1]), bias)
+
+
+def _direct_split(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    return jnp.einsum('BLD,DHK->BHLK', x, kernel) + bias[:, None]
+
+
+def _direct_join(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    return jnp.einsum('BHLK,HKD->BLD', x, kernel) + bias
+
+
+# Accelerators write a product's result in the order that the next one wants; on CPU it is copied to it.
+_split_heads = _by_platform(_plain_split, _direct_split)  # [B, L, D], [D, H, K], [H, K] -> [B, H, L, K]
+_join_heads = _by_platform(_plain_join, _direct_join)     # [B, H, L, K], [H, K, D], [D] -> [B, L, D]
 
 
 class QueryKeyValue(nn.Module):
@@ -110,12 +146,27 @@ class QueryKeyValue(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """x [B, L, D] -> query, key, value [B, L, H, K]."""
+        """x [B, L, D] -> query, key, value [B, H, L, K]."""
         shape = (self.heads[0], 3, self.heads[1])
         kernel = self.param('kernel', kernel_init, (x.shape[-1], *shape)).astype(self.dtype)
         bias = self.param('bias', nn.initializers.zeros, shape).astype(self.dtype)
         x = x.astype(self.dtype)
-        return tuple(_affine(x, kernel[:, :, which], bias[:, which]) for which in range(3))
+        return tuple(_split_heads(x, kernel[:, :, which], bias[:, which]) for which in range(3))
+
+
+class Output(nn.Module):
+    """Attention's last projection, of all heads together."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, L, K] -> [B, L, D]."""
+        heads = x.shape[1], x.shape[3]
+        width = math.prod(heads)
+        kernel = self.param('kernel', kernel_init, (*heads, width)).astype(self.dtype)
+        bias = self.param('bias', nn.initializers.zeros, (width,)).astype(self.dtype)
+        return _join_heads(x, kernel, bias)
 
 
 @jax.custom_vjp
@@ -218,18 +269,18 @@ def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: ja
     """Attention whose [B, H, L, L] scores never reach memory (Dao et al. 2022); without dropout.
 
     Args:
-      query, key, value: [B, L, H, K].
+      query, key, value: [B, H, L, K].
       mask: bool [B, 1, L, L].
       lengths: int32 [B], tokens of rows that hold one example: cheaper than the mask; None for packed rows.
       implementation: 'cudnn', or 'xla' to check it by.
 
     Returns:
-      [B, L, H, K]; at padding anything finite.
+      [B, H, L, K]; at padding anything finite.
     """
-    if lengths is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
-    return jax.nn.dot_product_attention(query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
-                                        implementation=implementation)
+    which = {'mask': mask} if lengths is None else {'query_seq_lengths': lengths, 'key_value_seq_lengths': lengths}
+    mixed = jax.nn.dot_product_attention(*(one.swapaxes(1, 2) for one in (query, key, value)), **which,
+                                         implementation=implementation)
+    return mixed.swapaxes(1, 2)
 
 
 class Attention(nn.Module):
@@ -250,24 +301,23 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, lengths: jax.Array | None, *, train: bool
                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x [B, L, D], mask bool [B, 1, L, L] -> [B, L, D], and query, key, value [B, L, H, K]."""
-        width = x.shape[-1]
-        heads = (self.num_heads, width // self.num_heads)
+        """x [B, L, D], mask bool [B, 1, L, L] -> [B, L, D], and query, key, value [B, H, L, K]."""
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
         query, key, value = (checkpoint_name(one, KEPT) for one in QueryKeyValue(heads, self.dtype, name='qkv')(x))
         if self.implementation == 'xla':
             mixed = self._mix(query, key, value, mask, train)
         else:
             mixed = fused_attention(query, key, value, mask, lengths, self.implementation)
-        out = Dense((width,), self.dtype, inputs=2, name='out')(checkpoint_name(mixed, KEPT))
+        out = Output(self.dtype, name='out')(checkpoint_name(mixed, KEPT))
         return out, {'query': query, 'key': key, 'value': value}
 
     def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        scores = jnp.einsum('BqHK,BkHK->BHqk', query * query.shape[-1] ** -0.5, key,
+        scores = jnp.einsum('BHqK,BHkK->BHqk', query * query.shape[-1] ** -0.5, key,
                             preferred_element_type=jnp.float32)
         scores = jnp.where(mask, scores, -1e9)
         weights = checkpoint_name(_softmax(scores, self.dtype), KEPT)      # [B, H, L, L]
         weights = Dropout(self.attention_dropout_rate)(weights, train=train)
-        return jnp.einsum('BHqk,BkHK->BqHK', weights, value)
+        return jnp.einsum('BHqk,BHkK->BHqK', weights, value)
 
 
 class Mlp(nn.Module):
@@ -280,9 +330,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> [B, L, D]."""
-        hidden = checkpoint_name(Dense((self.mlp_size,), self.dtype, name='up')(x), KEPT)
+        hidden = checkpoint_name(Dense(self.mlp_size, self.dtype, name='up')(x), KEPT)
         hidden = ACTIVATIONS[self.activation](hidden)
-        return Dense((x.shape[-1],), self.dtype, name='down')(hidden)
+        return Dense(x.shape[-1], self.dtype, name='down')(hidden)
 
 
 def gather(x: jax.Array, positions: jax.Array) -> jax.Array:

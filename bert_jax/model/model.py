@@ -27,7 +27,7 @@ class Pooler(nn.Module):
     def __call__(self, hidden: jax.Array, cls_positions: jax.Array) -> jax.Array:
         """hidden [B, L, D], cls_positions [B, E] -> [B, E, D]."""
         x = gather(hidden, cls_positions)
-        return jnp.tanh(Dense((x.shape[-1],), self.dtype, name='dense')(x))
+        return jnp.tanh(Dense(x.shape[-1], self.dtype, name='dense')(x))
 
 
 class Model(nn.Module):

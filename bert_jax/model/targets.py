@@ -41,7 +41,7 @@ class MaskedLM(nn.Module):
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """masked_lm_positions [B, P] -> logits float32 [B, P, V padded]."""
         x = gather(encoded.hidden, batch['masked_lm_positions'])           # [B, P, D]
-        x = Dense((x.shape[-1],), self.dtype, name='dense')(x)
+        x = Dense(x.shape[-1], self.dtype, name='dense')(x)
         x = LayerNorm(self.dtype, name='norm')(ACTIVATIONS[self.activation](x))
         parts, size, width = table.shape
         bias = self.param('bias', nn.initializers.zeros, (size,))
@@ -69,7 +69,7 @@ class NextSentence(nn.Module):
     @nn.compact
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """pooled [B, E, D] -> logits float32 [B, E, 2]."""
-        logits = Dense((2,), self.dtype, name='dense')(encoded.pooled)
+        logits = Dense(2, self.dtype, name='dense')(encoded.pooled)
         return {'logits': logits.astype(jnp.float32)}
 
     def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
