@@ -72,7 +72,7 @@ def estimate_step(program: hlo.Program, known: hardware.Device, mesh: jax.shardi
     seconds = _seconds(program, program.entry, known, mesh)
     return {'seconds': sum(seconds.values()) - seconds['random bits'], **seconds,
             'flops': sum(times * program.flops(computation, i.name) for computation, i, times in program.walk()
-                         if i.opcode not in hlo.FREE)}
+                         if not i.free)}
 
 
 def _seconds(program: hlo.Program, computation: str, known: hardware.Device, mesh: jax.sharding.Mesh
@@ -92,7 +92,7 @@ def _seconds(program: hlo.Program, computation: str, known: hardware.Device, mes
                 inner.update({k: times * v for k, v in _seconds(program, called, known, mesh).items()})
             spent.update(inner)
             now += sum(inner.values()) - inner['random bits']
-        elif instruction.opcode not in hlo.FREE:
+        elif not instruction.free:
             what, took = _limit(program, computation, instruction, known, mesh)
             if instruction.opcode.endswith('-start'):
                 started[instruction.name], took = (what, now + took), 0.0

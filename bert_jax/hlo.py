@@ -15,6 +15,7 @@ BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, '
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'iota',
         'opt-barrier', 'while', 'conditional', 'call', 'copy-done', 'slice-done', 'async-done', 'async-update'}
+NAMES_ONLY = {'AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound'}  # custom calls that move nothing
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 
 
@@ -46,6 +47,11 @@ class Instruction:
         """The first group of a pattern in the attributes; '' without a match."""
         found = re.search(pattern, self.attributes)
         return found.group(1) if found else ''
+
+    @property
+    def free(self) -> bool:
+        """Whether it does nothing itself."""
+        return self.opcode in FREE or self.attribute(r'custom_call_target="(\w+)"') in NAMES_ONLY
 
     @property
     def path(self) -> str:
@@ -115,7 +121,7 @@ class Program:
 
     def memory_bytes(self, computation: str, instruction: Instruction) -> int:
         """What an instruction moves to and from main memory; of an array that is sliced, the slice."""
-        if instruction.opcode in FREE:
+        if instruction.free:
             return 0
         inside = instruction.attribute(r'calls=%?([\w.\-]+)') if instruction.opcode == 'fusion' else ''
         reads = self.inputs(computation, instruction)

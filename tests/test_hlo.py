@@ -60,6 +60,8 @@ TPU_TEXT = '''HloModule m, is_scheduled=true, input_output_alias={ {0}: (0, {}, 
 ENTRY %main (a: bf16[32,12,128,64], b: bf16[32,12,128,64]) -> f32[32,12,128,128] {
   %a = bf16[32,12,128,64]{3,2,1,0:T(8,128)(2,1)} parameter(0)
   %b = bf16[32,12,128,64]{3,2,1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %room = bf16[24,64,128,4096]{3,2,1,0:T(8,128)(2,1)} custom-call(), custom_call_target="AllocateBuffer"
+  %kernel = bf16[24,64]{1,0:T(8,128)(2,1)} custom-call(%a), custom_call_target="tpu_custom_call"
   ROOT %f = f32[32,12,128,128]{2,3,1,0:T(8,128)} fusion(%a, %b), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"1832"}
 }
 '''
@@ -74,6 +76,7 @@ def test_what_the_tpu_compiler_writes():
     (fusion,) = (i for _, i, _ in program.walk() if i.opcode == 'fusion')
     assert program.memory_bytes('main', fusion) == 32 * 12 * 128 * 64 * 2 + 32 * 12 * 128 * 128 * 4
     assert fusion.attribute(r'"estimated_cycles":"(\d+)"') == '1832'
+    assert [i.free for _, i, _ in program.walk() if i.opcode == 'custom-call'] == [True, False]
 
 
 def test_names_of_slices():
