@@ -31,7 +31,7 @@ def files(train, dev, *more):
 
 ROWS = [  # name, config, model, settings; seeds by name
     glue('cola', 'CoLA', '--config.schedule.peak=1e-4', '--config.max_length=64'),
-    glue('sst2', 'SST-2', '--config.schedule.peak=1e-4', '--config.epochs=1.0', '--config.max_length=64'),
+    glue('sst2', 'SST-2', '--config.schedule.peak=3e-4', '--config.epochs=1.0', '--config.max_length=64'),
     glue('mrpc', 'MRPC', '--config.schedule.peak=1e-4'),
     glue('stsb', 'STS-B', '--config.schedule.peak=1e-4', '--config.epochs=4.0'),
     ('commonsenseqa', 'commonsenseqa', 'mini', files(f'{CHOICE}/train_rand_split.jsonl', f'{CHOICE}/dev_rand_split.jsonl',
