@@ -194,6 +194,7 @@ def write_params(folder: epath.PathLike, params: Any, scores: dict[str, float]) 
       UserError: they could not be written.
     """
     step = paths.absolute(folder) / f'{0:08d}'
+    _quiet_failures()
     try:
         with ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
