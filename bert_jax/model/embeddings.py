@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from bert_jax import partition
-from bert_jax.model.layers import Dropout, LayerNorm, kernel_init
+from bert_jax.model.layers import Dropout, LayerNorm, each_part, kernel_init
 
 VOCAB_MULTIPLE = 128  # what hardware likes; the extra rows never leave the program
 
@@ -18,16 +18,16 @@ def padded_vocab_size(vocab_size: int) -> int:
 @jax.custom_vjp
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of a table [parts, V, D] at ids [B, L] -> [B, L, D]; the gradient is summed in float32."""
-    parts, _, width = table.shape
-    found = jax.vmap(lambda table, ids: jnp.take(table, ids, axis=0))(table, ids.reshape(parts, -1))
-    return found.reshape(*ids.shape, width)
+    found = each_part(lambda table, ids: jnp.take(table, ids, axis=0), table, ids.reshape(len(table), -1))
+    return found.reshape(*ids.shape, -1)
 
 
 def _lookup_backward(saved: tuple, grad: jax.Array) -> tuple[jax.Array, None]:
     table, ids = saved
     parts, size, width = table.shape
-    add = jax.vmap(lambda ids, grad: jnp.zeros((size, width), jnp.float32).at[ids].add(grad))
-    return add(ids.reshape(parts, -1), grad.astype(jnp.float32).reshape(parts, -1, width)).astype(table.dtype), None
+    added = each_part(lambda ids, grad: jnp.zeros((size, width), jnp.float32).at[ids].add(grad), ids.reshape(parts, -1),
+                      grad.astype(jnp.float32).reshape(parts, -1, width))
+    return added.astype(table.dtype), None
 
 
 lookup.defvjp(lambda table, ids: (lookup(table, ids), (table, ids)), _lookup_backward)

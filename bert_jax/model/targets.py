@@ -11,6 +11,8 @@ The contract of a target, a Linen module:
 docs/new_target.md adds one from the data side to the config.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from bert_jax.metrics import Mean
 from bert_jax.model.encoders import Encoded
 from bert_jax.model.heads import HEADS
-from bert_jax.model.layers import ACTIVATIONS, Dense, LayerNorm, cross_entropy, gather
+from bert_jax.model.layers import ACTIVATIONS, Dense, LayerNorm, cross_entropy, each_part, gather
 
 Batch = dict[str, jax.Array]
 
@@ -46,8 +48,8 @@ class MaskedLM(nn.Module):
         parts, size, width = table.shape
         bias = self.param('bias', nn.initializers.zeros, (size,))
         bias = jnp.where(jnp.arange(size) < self.vocab_size, bias, -1e9)
-        logits = jnp.einsum('gnD,gVD->gnV', x.reshape(parts, -1, width), table,
-                            preferred_element_type=jnp.float32)            # [parts, B * P / parts, V padded]
+        product = functools.partial(jnp.einsum, 'nD,VD->nV', preferred_element_type=jnp.float32)
+        logits = each_part(product, x.reshape(parts, -1, width), table)    # [parts, B * P / parts, V padded]
         logits = (logits + bias).reshape(*x.shape[:2], -1)
         return {'logits': nn.with_logical_constraint(logits, ('batch', 'predictions', 'vocab'))}
 
