@@ -9,6 +9,7 @@ checked first; a damaged or unfinished step is reported, and the one before it i
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from bert_jax.cli import UserError, last_line
 OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack or have besides
 
 
+@functools.cache  # once a process: the hook keeps the one before it
 def _quiet_failures() -> None:
     """A write that fails is one line of ours.
 

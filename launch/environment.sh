@@ -1,11 +1,14 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes .venv and installs a requirements file and this folder, once for each version of it.
 environment() {
-  local requirements=$1 stamp
+  local requirements=$1 stamp python
   stamp=.venv/installed-$(cat requirements*.txt | sha256sum | cut -c1-16)-$requirements
   if [ ! -e "$stamp" ]; then
     echo "Installing $requirements into .venv (once; a few minutes) ..."
-    [ -x .venv/bin/pip ] || "$(new_python)" -m venv --clear .venv
+    if [ ! -x .venv/bin/pip ]; then
+      python=$(new_python) || exit 2
+      "$python" -m venv --clear .venv
+    fi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" -e . 2> >(grep -v '^WARNING: Location' >&2)
     touch "$stamp"
   fi

@@ -85,7 +85,7 @@ wait_until_active() {
   local now last=''
   while true; do
     now=$(state) || now=UNKNOWN
-    if [ "$now$last" = UNKNOWN ]; then fail "$name: gcloud cannot describe it."; fi
+    [ "$now" != UNKNOWN ] || [ -n "$last" ] || fail "$name: gcloud cannot describe it."
     [ "$now" = "$last" ] || say "$name is $now"
     case $now in
       ACTIVE) return ;;

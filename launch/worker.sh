@@ -7,10 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p run
+running() { [ -e run/loop ] && kill -0 "$(cat run/loop)" 2> /dev/null; }
 
 case ${1:-} in
   setup)
-    if [ -e run/loop ] && kill -0 "$(cat run/loop)" 2> /dev/null; then exit; fi
+    if running; then exit; fi
     . launch/environment.sh
     if ! (new_python) > /dev/null 2>&1; then # images of some generations carry Python 3.10
       python3 -m pip install --quiet --user uv
@@ -22,7 +23,7 @@ case ${1:-} in
   start)
     store=$2 workdir=$3
     shift 3
-    if [ -e run/loop ] && kill -0 "$(cat run/loop)" 2> /dev/null; then echo 'already running'; exit; fi
+    if running; then echo 'already running'; exit; fi
     local_store=$PWD/run/store
     gcloud storage rsync --recursive "$store" "$local_store"
     rm -f run/exit run/stopped
@@ -42,7 +43,8 @@ case ${1:-} in
         [ $code = 75 ] || [ $code -ge 128 ] || break
         sleep "${WORKER_PAUSE_SECONDS:-20}"
       done
-      echo $code > run/exit' pretrain --workdir "$workdir" --config.store="$local_store" "$@" > /dev/null 2>&1 < /dev/null &
+      echo $code > run/exit
+      rm run/loop' pretrain --workdir "$workdir" --config.store="$local_store" "$@" > /dev/null 2>&1 < /dev/null &
     ;;
   status)
     if [ ! -e run/exit ]; then echo running

@@ -55,8 +55,7 @@ def with_classes(task: Task) -> Task:
       UserError: fewer than two labels, a row without one, or one that is not in the set (file and line).
     """
     labels = task.labels or tuple(sorted({str(row.label) for row in task.splits['train']} - {''}))
-    if len(labels) < 2:
-        raise UserError(f'{_file(task)}: {len(labels)} labels ({", ".join(labels)}); two or more are expected.')
+    _check_count(task, labels)
     for rows in task.splits.values():
         for row in rows:
             if row.label == '':
@@ -74,8 +73,7 @@ def with_label_sets(task: Task) -> Task:
 
     splits = {split: [parts(row) for row in rows] for split, rows in task.splits.items()}
     labels = task.labels or tuple(sorted({name for row in splits['train'] for name in row.label}))
-    if len(labels) < 2:
-        raise UserError(f'{_file(task)}: {len(labels)} labels ({", ".join(labels)}); two or more are expected.')
+    _check_count(task, labels)
     for rows in splits.values():
         for row in rows:
             for name in row.label or ():
@@ -84,8 +82,10 @@ def with_label_sets(task: Task) -> Task:
     return dataclasses.replace(task, splits=splits, labels=labels)
 
 
-def _file(task: Task) -> str:
-    return task.splits['train'][0].where.rpartition(':')[0]
+def _check_count(task: Task, labels: Sequence[str]) -> None:
+    if len(labels) < 2:
+        file = task.splits['train'][0].where.rpartition(':')[0]
+        raise UserError(f'{file}: {len(labels)} labels ({", ".join(labels)}); two or more are expected.')
 
 
 def with_numbers(task: Task) -> Task:
