@@ -18,6 +18,8 @@ from bert_jax.data import tasks
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHOICE = 'multichoice/commonsenseqa_v1.0'
+WINDOW = ['--config.max_length=128', '--config.task.stride=64']  # as far as BERT-mini knows positions
+SHORT = ['--config.max_length=64']
 FROZEN = ["--config.frozen=('embeddings','encoder')", '--config.schedule.peak=1e-3', '--config.epochs=5.0', '--config.task.lstm_size=768']
 
 
@@ -37,12 +39,12 @@ ROWS = [  # name, config, model, settings; seeds by name
     ('commonsenseqa', 'commonsenseqa', 'mini', files(f'{CHOICE}/train_rand_split.jsonl', f'{CHOICE}/dev_rand_split.jsonl',
                                                      '--config.schedule.peak=1e-4', '--config.max_length=64')),
     ('squad1', 'squad1', 'mini', files('squad/devsplit-v1.1.train.json', 'squad/devsplit-v1.1.heldout.json',
-                                       '--config.schedule.peak=2e-4', '--config.max_length=256')),
+                                       '--config.schedule.peak=2e-4', *WINDOW)),
     ('squad2', 'squad2', 'mini', files('squad/devsplit-v2.0.train.json', 'squad/devsplit-v2.0.heldout.json',
-                                       '--config.schedule.peak=2e-4', '--config.max_length=256')),
-    ('conll2003', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003', '--config.schedule.peak=2e-4']),
+                                       '--config.schedule.peak=2e-4', *WINDOW)),
+    ('conll2003', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003', '--config.schedule.peak=2e-4', *SHORT]),
     *((f'conll2003_{features}', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003',
-                                                       f'--config.task.features={features}', *FROZEN]) for features in tasks.FEATURES)]
+                                                       f'--config.task.features={features}', *SHORT, *FROZEN]) for features in tasks.FEATURES)]
 SEEDS = {'cola': 5, 'mrpc': 5, 'stsb': 5, 'commonsenseqa': 5}  # else 3
 
 

@@ -8,7 +8,8 @@ def keep_freed() -> None:
     """Has glibc keep the memory that JAX frees on CPU: for training; what runs once does without.
 
     Each step frees gigabytes of activations. By default they go back to the kernel, and the next step spends a
-    tenth of its time on page faults to have them again.
+    tenth of its time on page faults to have them again. Must be called before JAX opens its backend, whose threads
+    would have pools of their own by then.
     """
     if not sys.platform.startswith('linux') or not hasattr(ctypes.CDLL(None), 'mallopt'):
         return

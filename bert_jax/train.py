@@ -22,6 +22,8 @@ from bert_jax.metrics import Mean, Writer, merge
 Batch = dict[str, jax.Array]
 RUN_AHEAD = 2  # steps dispatched beyond the one being computed
 
+memory.keep_freed()  # on import: once JAX's threads run, each has a pool of its own, which gives back what it frees
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -45,7 +47,6 @@ def make_init(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, 
     `frozen` parts of the model ('embeddings', 'encoder', ...) have no optimizer state.
     """
 
-    memory.keep_freed()
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     shardings = partition.state_shardings(state_shapes(model, tx, batch, frozen), mesh)
     jitted = jax.jit(lambda seed: _fresh(model, tx, batch, jax.random.key(seed), frozen), out_shardings=shardings)

@@ -7,6 +7,7 @@ x = LN(x + drop(attention(x))); x = LN(x + drop(mlp(x))).
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,15 +51,15 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def _by_platform(cpu: Callable, other: Callable) -> Callable:
-    """A function of arrays that is `cpu` on CPUs and `other` elsewhere, and so is its gradient.
+    """A function of arrays that is `cpu` on CPUs and `other` elsewhere, and so is its gradient; of one result or a tuple.
 
     `platform_dependent` alone would keep for the backward pass what either of them needs.
     """
     @jax.custom_vjp
-    def chosen(*args: jax.Array) -> jax.Array:
+    def chosen(*args: jax.Array) -> Any:
         return jax.lax.platform_dependent(*args, cpu=cpu, default=other)
 
-    def backward(args: tuple, grad: jax.Array) -> tuple:
+    def backward(args: tuple, grad: Any) -> tuple:
         def gradient(function: Callable) -> Callable:
             return lambda grad, *args: jax.vjp(function, *args)[1](grad)
 
@@ -112,9 +113,10 @@ class Dense(nn.Module):
         return _affine(x.astype(self.dtype), kernel, bias)
 
 
-def _plain_split(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def _plain_split(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
     flat = _affine(x, kernel.reshape(x.shape[-1], -1), bias.reshape(-1))
-    return flat.reshape(*x.shape[:2], *bias.shape).swapaxes(1, 2)
+    every = flat.reshape(*x.shape[:2], *bias.shape)                     # [B, L, H, 3, K]
+    return tuple(every[:, :, :, which].swapaxes(1, 2) for which in range(3))
 
 
 def _plain_join(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -122,24 +124,22 @@ def _plain_join(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return _affine(flat, kernel.reshape(-1, kernel.shape[-1]), bias)
 
 
-def _direct_split(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    return jnp.einsum('BLD,DHK->BHLK', x, kernel) + bias[:, None]
+def _direct_split(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.einsum('BLD,DHK->BHLK', x, kernel[:, :, which]) + bias[:, None, which] for which in range(3))
 
 
 def _direct_join(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return jnp.einsum('BHLK,HKD->BLD', x, kernel) + bias
 
 
-# Accelerators write a product's result in the order that the next one wants; on CPU it is copied to it.
-_split_heads = _by_platform(_plain_split, _direct_split)  # [B, L, D], [D, H, K], [H, K] -> [B, H, L, K]
+# Accelerators write a product's result in the order that the next one wants; on CPU it is copied to it, and one large
+# product is faster than three. On accelerators three cut out of one would be copied before and after.
+_split_heads = _by_platform(_plain_split, _direct_split)  # [B, L, D], [D, H, 3, K], [H, 3, K] -> three [B, H, L, K]
 _join_heads = _by_platform(_plain_join, _direct_join)     # [B, H, L, K], [H, K, D], [D] -> [B, L, D]
 
 
 class QueryKeyValue(nn.Module):
-    """Attention's three projections, whose parameters are one array, heads first, as `tensor` splits them.
-
-    Each is a product of its own: cut out of one product's result, all three would be copied before and after.
-    """
+    """Attention's three projections, whose parameters are one array, heads first, as `tensor` splits them."""
 
     heads: tuple[int, int]
     dtype: jnp.dtype
@@ -150,8 +150,7 @@ class QueryKeyValue(nn.Module):
         shape = (self.heads[0], 3, self.heads[1])
         kernel = self.param('kernel', kernel_init, (x.shape[-1], *shape)).astype(self.dtype)
         bias = self.param('bias', nn.initializers.zeros, shape).astype(self.dtype)
-        x = x.astype(self.dtype)
-        return tuple(_split_heads(x, kernel[:, :, which], bias[:, which]) for which in range(3))
+        return _split_heads(x.astype(self.dtype), kernel, bias)
 
 
 class Output(nn.Module):
