@@ -145,9 +145,8 @@ def test_the_bilstm_equals_pytorch():
         for layer in range(2):
             for side, ending in (('forward', ''), ('backward', '_reverse')):
                 cell = params[f'{side}_{layer}']
-                for name, array in (('weight_ih', np.concatenate([cell[f'i{g}']['kernel'].T for g in 'ifgo'])),
-                                    ('weight_hh', np.concatenate([cell[f'h{g}']['kernel'].T for g in 'ifgo'])),
-                                    ('bias_hh', np.concatenate([cell[f'h{g}']['bias'] for g in 'ifgo']))):
+                for name, array in (('weight_ih', cell['inputs']['kernel'].T), ('weight_hh', cell['recurrent'].T),
+                                    ('bias_hh', cell['inputs']['bias'])):
                     getattr(theirs, f'{name}_l{layer}{ending}').copy_(torch.tensor(array))
                 getattr(theirs, f'bias_ih_l{layer}{ending}').zero_()
         packed = torch.nn.utils.rnn.pack_padded_sequence(torch.tensor(hidden[-1]), torch.tensor(lengths), True, enforce_sorted=False)

@@ -185,6 +185,37 @@ class MultipleChoice(nn.Module):
         return jnp.sum((batch['label_ids'] * batch['is_real_example']).astype(jnp.float32))
 
 
+class Lstm(nn.Module):
+    """One direction of an LSTM (Hochreiter and Schmidhuber 1997), gates in PyTorch's order, padding at the end.
+
+    All tokens' inputs are multiplied at once: 1.4 times as fast on CPU as flax's nn.RNN, which does it token by token.
+    """
+
+    hidden_size: int
+    reverse: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, real: jax.Array) -> jax.Array:
+        """x [B, L, D], real bool [B, L] -> [B, L, hidden_size]."""
+        inputs = nn.Dense(4 * self.hidden_size, dtype=self.dtype, name='inputs')(x)
+        recurrent = self.param('recurrent', nn.initializers.orthogonal(), (self.hidden_size, 4 * self.hidden_size))
+        recurrent = recurrent.astype(self.dtype)
+
+        def step(carry: tuple, now: tuple) -> tuple:
+            hidden, cell = carry
+            from_input, is_real = now
+            gates = jnp.split(from_input + hidden @ recurrent, 4, -1)
+            write, keep, read = (jax.nn.sigmoid(gates[at]) for at in (0, 1, 3))
+            cell = jnp.where(is_real, keep * cell + write * jnp.tanh(gates[2]), cell)
+            hidden = jnp.where(is_real, read * jnp.tanh(cell), hidden)
+            return (hidden, cell), hidden
+
+        start = jnp.zeros((x.shape[0], self.hidden_size), self.dtype)
+        _, hidden = jax.lax.scan(step, (start, start), (inputs.swapaxes(0, 1), real.T[..., None]), reverse=self.reverse)
+        return hidden.swapaxes(0, 1)
+
+
 class BiLstmTagging(nn.Module):
     """One label a token from frozen activations, by a two-layer BiLSTM (Devlin et al. 2019, 5.3 and table 7).
 
@@ -210,12 +241,11 @@ class BiLstmTagging(nn.Module):
     def outputs(self, encoded: Encoded, batch: Batch, table: jax.Array, *, train: bool) -> Batch:
         """layers['hidden'] [N + 1, B, L, D] -> logits float32 [B, L, C]."""
         x = self._features(encoded.layers['hidden'])
-        lengths = jnp.sum(batch['input_mask'] > 0, axis=1)
         for layer in range(2):
             x = Dropout(self.dropout_rate)(x, train=train)
-            cells = [nn.OptimizedLSTMCell(self.hidden_size, dtype=self.dtype, name=f'{side}_{layer}')
-                     for side in ('forward', 'backward')]
-            x = nn.Bidirectional(*map(nn.RNN, cells))(x, seq_lengths=lengths)
+            sides = [Lstm(self.hidden_size, reverse, self.dtype, name=f'{side}_{layer}')
+                     for side, reverse in (('forward', False), ('backward', True))]
+            x = jnp.concatenate([side(x, batch['input_mask'] > 0) for side in sides], -1)
         return {'logits': _logits(self, x, self.num_classes, train)}
 
     def _features(self, hidden: jax.Array) -> jax.Array:

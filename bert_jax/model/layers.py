@@ -51,7 +51,7 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def _by_platform(cpu: Callable, other: Callable) -> Callable:
-    """A function of arrays that is `cpu` on CPUs and `other` elsewhere, and so is its gradient; of one result or a tuple.
+    """A function of arrays that is `cpu` on CPUs and `other` elsewhere, and so is its gradient.
 
     `platform_dependent` alone would keep for the backward pass what either of them needs.
     """
