@@ -11,17 +11,17 @@ import platform
 import statistics
 
 TITLES = {
-    'train_base': ('A training step of BERT-base on a CPU', 'The aims: 1.5 times `eager`, 1.25 times `eager_masked`, 75 % of the matmul peak.'),
+    'train_base': ('A training step of BERT-base on a CPU', 'Targets: 1.5 times `eager`, 1.25 times `eager_masked`, 75 % of the matmul peak.'),
     'train_base_bf16': ('The same in bfloat16', 'CPUs emulate it; peers run under autocast.'),
     'train_base_512': ('The same at length 512', ''),
     'train_large_512': ("BERT-large at length 512, in this machine's memory", ''),
     'packed_128': ('Packing at length 128', 'Real examples of the store: several in a row beside one in a row.'),
     'packed_512': ('Packing at length 512', ''),
-    'prepare': ('Text to token store', 'The aim: 8 MB/s.'),
-    'pipeline': ('The input pipeline', 'The aims through tf.data: 100,000 sequences/s at 128, 25,000 at 512, half of that with whole words.'),
-    'startup': ('From the command to the first step', 'The aims: 15 s, 8 s with a warm cache, 3 s for the import.'),
+    'prepare': ('Text to token store', 'Target: 8 MB/s.'),
+    'pipeline': ('The input pipeline', 'Targets through tf.data: 100,000 sequences/s at 128, 25,000 at 512, half of that with whole words.'),
+    'startup': ('From the command to the first step', 'Targets: 15 s, 8 s with a warm cache, 3 s for the import.'),
     'predict': ('Prediction', ''),
-    'finetune': ('Fine-tuning', "The aim: 1.2 times `Trainer` with dynamic padding and length grouping."),
+    'finetune': ('Fine-tuning', "Target: 1.2 times `Trainer` with dynamic padding and length grouping."),
 }
 
 
