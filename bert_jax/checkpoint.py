@@ -15,6 +15,7 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -125,12 +126,20 @@ class Checkpoints:
 
     def scores(self, step: int) -> dict[str, float]:
         """What the last evaluation before the save found."""
-        return json.loads((self._folder / f'{step:08d}' / 'manifest.json').read_text())['scores']
+        return (_read_manifest(self._folder / f'{step:08d}') or {'scores': {}})['scores']
 
     def best_step(self) -> int | None:
         """The finished step with the highest best-score; the earliest of equals."""
-        steps = [step for step in self.steps() if self._best in self.scores(step)]
-        return max(steps, key=lambda step: (self.scores(step)[self._best], -step), default=None)
+        return next(iter(self._ranked()), None)
+
+    def best_whole(self) -> int | None:
+        """The best step whose every file is as its manifest says; passes over others with a word."""
+        return self._first_whole((step, True) for step in self._ranked())
+
+    def _ranked(self) -> list[int]:
+        scores = {step: self.scores(step) for step in self.steps()}
+        steps = [step for step in scores if self._best in scores[step]]
+        return sorted(steps, key=lambda step: (-scores[step][self._best], step))
 
     def resume(self, state: Any) -> Any:
         """The newest whole state, laid out as `state` is; `state` itself when there is none.
@@ -153,7 +162,10 @@ class Checkpoints:
 
     def newest_whole(self) -> int | None:
         """The newest step whose every file is as its manifest says; passes over others with a word."""
-        for step, finished in reversed(self._found()):
+        return self._first_whole(reversed(self._found()))
+
+    def _first_whole(self, steps: Iterable[tuple[int, bool]]) -> int | None:
+        for step, finished in steps:
             problem = self.problem(step) if finished else 'it was never finished'
             if not problem:
                 return step
@@ -163,11 +175,10 @@ class Checkpoints:
     def problem(self, step: int) -> str:
         """What is wrong with a finished step, '' when nothing."""
         folder = self._folder / f'{step:08d}'
-        try:
-            expected = json.loads((folder / 'manifest.json').read_text())['files']
-        except (ValueError, KeyError, TypeError):
+        manifest = _read_manifest(folder)
+        if manifest is None:
             return 'manifest.json is damaged'
-        found = _hashes(folder)
+        expected, found = manifest['files'], _hashes(folder)
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
                 return f'{name} is missing'
@@ -207,7 +218,20 @@ def write_params(folder: epath.PathLike, params: Any, scores: dict[str, float]) 
 
 def _write_manifest(folder: epath.Path, step: int, scores: dict[str, float]) -> None:
     content = {'step': step, 'scores': scores, 'files': _hashes(folder)}
-    paths.write_whole(folder / 'manifest.json', json.dumps(content, indent=1))
+    paths.write_whole(folder / 'manifest.json', json.dumps(content | {'sha256': _seal(content)}, indent=1))
+
+
+def _read_manifest(folder: epath.Path) -> dict[str, Any] | None:
+    """A step's manifest; None when it is not as it was written."""
+    try:
+        content = json.loads((folder / 'manifest.json').read_text())
+        return content if content.pop('sha256') == _seal(content) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _hashes(folder: epath.Path) -> dict[str, str]:
@@ -228,14 +252,16 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 
 def load_params(workdir: epath.PathLike, best: str = '') -> tuple[Any, int, dict[str, float]]:
-    """The parameters a workdir offers (its best step by a score, else its newest), their step and its scores.
+    """The parameters a workdir offers, their step and its scores: its best step by a score, else the newest.
+
+    Of damaged steps it says so, and takes the next.
 
     Raises:
       UserError: no workdir, or no whole checkpoint in it.
     """
     checkpoints = Checkpoints(epath.Path(workdir) / 'checkpoints', best=best)
-    step = checkpoints.best_step() if best else None
-    if step is None or checkpoints.problem(step):
+    step = checkpoints.best_whole() if best else None
+    if step is None:
         step = checkpoints.newest_whole()
     if step is None:
         raise UserError(f'{workdir}: no finished checkpoint there.')

@@ -149,7 +149,7 @@ def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     paths.write_json(folder / 'best.json', {'score': score})
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints, score)
     state = _train(job, config, checkpoints.resume(_initial(job, config)), checkpoints, folder)
-    best, params = _best_params(checkpoints, state)
+    best, params = _best_params(checkpoints, state, path)
     results = checkpoints.scores(best) | {'best_step': best}
     for split in job.data.keys() - {'train'}:
         results |= _finish(job, split, params, results, config.batch_size, folder)
@@ -196,8 +196,10 @@ def _batches(config: ConfigDict, data: encoded.Encoded, start: int, stop: int) -
     return batches.thread_stream(lambda step: data.batch(step, config.batch_size, config.seed), start, stop)
 
 
-def _best_params(checkpoints: checkpoint.Checkpoints, state: train.TrainState) -> tuple[int, Any]:
-    best = checkpoints.best_step()
+def _best_params(checkpoints: checkpoint.Checkpoints, state: train.TrainState, path: str) -> tuple[int, Any]:
+    best = checkpoints.best_whole()
+    if best is None:
+        raise UserError(f'{path}: no whole checkpoint is left there; delete it and start again.')
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
     return best, checkpoints.restore(best, 'params', shapes)
 

@@ -60,12 +60,20 @@ def write_json(file: epath.Path, content: Any) -> None:
 
 
 def append(path: epath.Path, text: str) -> None:
-    """Adds to the end of a file; object stores cannot, so there it is written anew."""
-    if is_remote(path):
-        path.write_text((path.read_text() if path.exists() else '') + text)
-    else:
-        with path.open('a') as out:
-            out.write(text)
+    """Adds to the end of a file; object stores cannot, so there it is written anew.
+
+    Raises:
+      UserError: it cannot be written, on a full disk for example.
+    """
+    try:
+        if is_remote(path):
+            path.write_text((path.read_text() if path.exists() else '') + text)
+        else:
+            with path.open('a') as out:
+                out.write(text)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({error.strerror or error}). Put that right (a full disk?) and '
+                        'give the same command again: it goes on from the last checkpoint.') from error
 
 
 def check_new(path: str, option: str) -> pathlib.Path:

@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -98,6 +99,10 @@ def prepare(inputs: Iterable[str], tokenizer_path: str, output: str, reader: cor
         tok.save(path / 'tokenizer')
         text_bytes, tokens = _write_all(writer, names, reader, held_out, str(path / 'tokenizer'), workers)
         totals = writer.finish()
+    except UserError:
+        if not writer.tokens:  # nothing that another call could go on from
+            shutil.rmtree(path)
+        raise
     except OSError as error:
         raise store.disk_error(path, error) from error
     except concurrent.futures.process.BrokenProcessPool as error:
@@ -238,6 +243,8 @@ class _Writer:
             self._write_journal()
 
     def _must_agree(self, found: dict[str, Any]) -> None:
+        if found['reader']['errors'] == 'strict':  # and so far there were none
+            found = found | {'reader': found['reader'] | {'errors': self.body['reader']['errors']}}
         different = [key for key, value in self.body.items() if found.get(key) != value]
         if different:
             raise UserError(f'{self.path}: holds a store made with another {", ".join(different)}; '
@@ -253,6 +260,11 @@ class _Writer:
             if os.path.getsize(partial) < sizes.get(name, 0):
                 raise UserError(f'{partial}: shorter than its journal says; delete {self.path} and start again.')
             self._files[name].truncate(sizes.get(name, 0))
+
+    @property
+    def tokens(self) -> int:
+        """Of both sides, so far."""
+        return self.counts['train_tokens'] + self.counts['held_out_tokens']
 
     def append(self, encoded: Encoded) -> None:
         """Appends one block; it counts from the moment the journal says so."""
@@ -272,7 +284,7 @@ class _Writer:
 
     def finish(self) -> collections.Counter:
         """Gives every file its final name and writes store.json."""
-        if not self.counts['train_tokens'] + self.counts['held_out_tokens']:
+        if not self.tokens:
             raise UserError(f'{", ".join(self.body["inputs"])}: no text in it.')
         self._write_journal()
         for name, file in self._files.items():

@@ -68,10 +68,11 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     mesh = partition.make_mesh(config.mesh, train.state_shapes(model, tx, example))
     check_batches(config, mesh)
     source = load_checkpoint(config, data.tokenizer) if config.init_from else None
-    folder = workdir.start(path, config, data.tokenizer)
     phases = make_phases(config.phases)
     streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length,
                                                config.packed) for phase in phases}
+    evaluators = {'held_out': make_evaluator(config, data, model, mesh, phases)} if config.eval_examples else {}
+    folder = workdir.start(path, config, data.tokenizer)  # from here on nothing is refused
     batches.import_ahead(config.pipeline)
     clock.done('data')
     state = train.make_init(model, tx, example, mesh)(config.seed)
@@ -88,7 +89,6 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
-    evaluators = {'held_out': make_evaluator(config, data, model, mesh, phases)} if config.eval_examples else {}
     sharding = partition.batch_sharding(mesh)
     placed = batches.placed_ahead(phase_batches(config, phases, streams, start, sharding), sharding)
     train.fit(

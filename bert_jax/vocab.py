@@ -67,12 +67,19 @@ def train(args: argparse.Namespace) -> None:
 
 
 class _Sentences:
-    """All sentences of the inputs, with a progress bar; remembers whether there were any."""
+    """All sentences of the inputs, with a progress bar; remembers whether there were any, and what was wrong."""
 
     def __init__(self, names: list[str], reader: corpora.Reader) -> None:
-        self._names, self._reader, self.count = names, reader, 0
+        self._names, self._reader, self.count, self.problem = names, reader, 0, None
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._read()
+        except UserError as error:
+            self.problem = error
+            raise
+
+    def _read(self) -> Iterator[str]:
         with cli.progress(unit='B', unit_scale=True, desc='read') as bar:
             for name in self._names:
                 for block in self._reader.blocks(name):
@@ -108,8 +115,8 @@ def _train_sentencepiece(sentences: _Sentences, args: argparse.Namespace, folder
             **{f'{role}_piece': SPECIALS[i] for role, i in roles.items()},
             control_symbols=SPECIALS[-1], input_sentence_size=5_000_000, shuffle_input_sentence=True,
             minloglevel=2)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f'sentencepiece: {cli.last_line(error)}') from error
+    except (RuntimeError, OSError, UserError) as error:
+        raise sentences.problem or UserError(f'sentencepiece: {cli.last_line(error)}') from error
     (folder / 'tokenizer.model').write_bytes(model.getvalue())
 
 

@@ -81,6 +81,29 @@ def test_damage_in_every_file_is_noticed(saved, tmp_path, damage, capsys):
         shutil.rmtree(copy)
 
 
+def test_a_flip_anywhere_in_a_manifest_is_noticed(saved):
+    path = saved / '00000030' / 'manifest.json'
+    content = path.read_bytes()
+    for at in range(0, len(content), 3):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+        assert checkpoint.Checkpoints(saved).problem(30) or json.loads(path.read_bytes()) == json.loads(content), at
+
+
+def test_a_damaged_best_step_is_passed_over_and_said(tmp_path, capsys):
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep=3, best='dev/accuracy')
+    for step, accuracy in ((1, 0.8), (2, 0.9), (3, 0.7)):
+        checkpoints.save(step, state(step, step), {'dev/accuracy': accuracy})
+    checkpoints.wait()
+    assert checkpoint.load_params(tmp_path, 'dev/accuracy')[1] == 2
+    damaged = next(path for path in (tmp_path / 'checkpoints' / '00000002' / 'params').rglob('*') if path.is_file())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    params, step, scores = checkpoint.load_params(tmp_path, 'dev/accuracy')
+    assert step == 1 and scores == {'dev/accuracy': 0.8} and same(params, state(1, 1.0).params)
+    assert 'checkpoint 2' in capsys.readouterr().out
+    (tmp_path / 'checkpoints' / '00000001' / 'manifest.json').write_text('{')
+    assert checkpoint.load_params(tmp_path, 'dev/accuracy')[1] == 3
+
+
 def test_an_unfinished_checkpoint_is_passed_over_and_made_again(saved, capsys):
     (saved / '00000030' / 'manifest.json').unlink()
     assert same(resumed(saved), state(20, 20.0))

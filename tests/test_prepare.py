@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, expect_error, run_module, write_corpus
 
@@ -66,18 +67,19 @@ def test_killed_and_started_again_it_goes_on(vocab, tmp_path):
     corpus.write_text('\n\n'.join(text.replace('the', f'the {i}') for i in range(80)))
     args = ['--input', str(corpus), '--tokenizer', str(vocab), '--workers', '2', '--held_out', '0.1']
     assert run_module('prepare', *args, '--output', tmp_path / 'whole').returncode == 0
-    output, kills = tmp_path / 'killed', 0
-    for delay in (1.5, 2.0, 2.5, 3.0):
+    output = tmp_path / 'killed'
+    for blocks in (0, 4, 8):  # which the journal has when the kill comes
         process = subprocess.Popen([sys.executable, '-m', 'bert_jax.prepare', *args, '--output', str(output)],
                                    cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+        while not (output / 'journal.json').exists() or json.loads((output / 'journal.json').read_text())['blocks'] < blocks:
+            assert process.poll() is None, 'it ended before it could be killed'
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
         process.wait()
     result = run_module('prepare', *args, '--output', output)
     assert result.returncode == 0, result.stderr
-    assert kills and contents(output) == contents(tmp_path / 'whole')
+    assert 'going on after 8 blocks' in result.stdout
+    assert contents(output) == contents(tmp_path / 'whole')
     assert 'already complete' in run_module('prepare', *args, '--output', output).stdout
 
 
@@ -144,11 +146,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus, vocab, tmp_path):
     expect_error(run(tmp_path / 'missing.txt'), 'missing.txt', 'no such file')
     (tmp_path / 'empty.txt').write_text('\n \n')
     expect_error(run(tmp_path / 'empty.txt'), 'empty.txt', 'no text')
+    assert not output.exists()
     (tmp_path / 'bad.txt').write_bytes(b'fine\nbad \xff\n')
-    shutil.rmtree(output, ignore_errors=True)
     expect_error(run(tmp_path / 'bad.txt'), 'bad.txt:2', 'UTF-8', '--errors replace')
-    assert not (output / 'store.json').exists()
-    shutil.rmtree(output)
+    assert not output.exists()
     assert run(tmp_path / 'bad.txt', '--errors', 'replace').returncode == 0
     expect_error(run(corpus), str(output), 'another inputs')
     expect_error(run_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', vocab), 'not empty')
@@ -156,8 +157,54 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus, vocab, tmp_path):
                  '--held_out 1.5')
 
 
-def test_gzip_gives_the_same_tokens(corpus, vocab, store, tmp_path):
-    with gzip.open(tmp_path / 'topics.txt.gz', 'wb') as file:
-        file.write(corpus.read_bytes())
-    packed = prepare.prepare([str(tmp_path / 'topics.txt.gz')], str(vocab), str(tmp_path / 'store'), corpora.Reader(), 0.15)
-    assert (packed.train.tokens == store.train.tokens).all()
+def test_bad_utf8_late_in_the_input_goes_on_with_errors_replace(corpus, vocab, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpora, 'BLOCK_BYTES', 20_000)
+    text = tmp_path / 'late.txt'
+    text.write_bytes(corpus.read_bytes() + b'\nbad \xff\n')
+    args = [str(text)], str(vocab)
+    with pytest.raises(UserError, match='--errors replace'):
+        prepare.prepare(*args, str(tmp_path / 'store'), corpora.Reader())
+    prepare.prepare(*args, str(tmp_path / 'store'), corpora.Reader(errors='replace'))
+    assert 'going on after' in capsys.readouterr().out
+    prepare.prepare(*args, str(tmp_path / 'whole'), corpora.Reader(errors='replace'))
+    assert contents(tmp_path / 'store') == contents(tmp_path / 'whole')
+    with pytest.raises(UserError, match='another reader'):
+        prepare.prepare(*args, str(tmp_path / 'store'), corpora.Reader())
+
+
+@pytest.mark.parametrize('kind', ['wordpiece', 'sentencepiece'])
+def test_bad_input_of_a_vocabulary_is_one_line_and_leaves_nothing(kind, corpus, tmp_path):
+    output, bad = tmp_path / 'vocab', tmp_path / 'bad.txt'
+    run = lambda *args: run_module('vocab', '--kind', kind, '--output', output, '--input', *args)  # noqa: E731
+    bad.write_bytes(b'fine\nbad \xff\n')
+    expect_error(run(corpus, bad, '--vocab_size', '200'), 'bad.txt:2', 'UTF-8', '--errors replace')
+    (tmp_path / 'empty.txt').write_text('\n \n')
+    expect_error(run(tmp_path / 'empty.txt', '--vocab_size', '200'), 'empty.txt', 'no text')
+    expect_error(run(corpus, '--vocab_size', '5'), '--vocab_size 5')
+    assert not output.exists() and not list(tmp_path.glob('.vocab*'))
+
+
+@pytest.mark.parametrize('form', ['sentences', 'paragraphs', 'jsonl', 'parquet'])
+def test_gzip_gives_the_same_tokens(form, corpus, vocab, tmp_path):
+    documents = [document.replace('\n', ' ') for document in corpus.read_text().split('\n\n')]
+    plain = tmp_path / f'topics.{form if form in ("jsonl", "parquet") else "txt"}'
+    if form == 'parquet':
+        pyarrow.parquet.write_table(pyarrow.table({'text': documents}), plain)
+    elif form == 'jsonl':
+        plain.write_text('\n'.join(json.dumps({'text': document}) for document in documents))
+    else:
+        plain.write_bytes(corpus.read_bytes())
+    packed = tmp_path / f'{plain.name}.gz'
+    with gzip.open(packed, 'wb') as file:
+        file.write(plain.read_bytes())
+    reader = corpora.Reader('paragraphs' if form == 'paragraphs' else 'sentences')
+    one, other = (prepare.prepare([str(name)], str(vocab), str(tmp_path / str(number)), reader, 0.15)
+                  for number, name in enumerate((plain, packed)))
+    assert len(one.train.tokens) > 10_000 and (one.train.tokens == other.train.tokens).all()
+
+
+def test_damaged_gzip_is_one_line(tmp_path, vocab):
+    for name in ('a.txt.gz', 'a.parquet.gz'):
+        (tmp_path / name).write_bytes(gzip.compress(b'text ' * 100)[:-9])
+        with pytest.raises(UserError, match=name):
+            prepare.prepare([str(tmp_path / name)], str(vocab), str(tmp_path / 'store'), corpora.Reader())

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, expect_error, run_module
 
-from bert_jax import checkpoint, cli, pretrain, workdir
+from bert_jax import checkpoint, cli, prepare, pretrain, workdir
+from bert_jax.data import corpora, store
 
 ENV = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+
+
+PHASE_1 = 6  # steps, of TINY
 
 
 def command(store_path, work, *overrides):
@@ -68,12 +72,14 @@ def test_killed_in_each_phase_and_during_a_save(store_path, pretrained, tmp_path
     work = tmp_path / 'killed'
     args = command(store_path, work)
     kill_when(args, lambda: manifest(work, 2) and 4 in log_steps(work))        # phase 1
-    assert max(checkpoint.Checkpoints(work / 'checkpoints').steps()) < 10
+    assert max(log_steps(work)) <= PHASE_1
     kill_when(args, lambda: any((work / 'checkpoints').glob('*6*')) and not manifest(work, 6))  # while saving step 6
+    assert not manifest(work, 6)
     kill_when(args, lambda: manifest(work, 8))                                 # phase 2
-    result = run_module('pretrain', *args)
+    assert not manifest(work, 10)
+    result = run_module('pretrain', *args, '--config.pipeline=tf')             # the same batches from either pipeline
     assert result.returncode == 0, result.stderr
-    assert 'resuming at step' in result.stdout
+    assert 'resuming at step 8' in result.stdout
     assert_same(work, pretrained)
     again = run_module('pretrain', *args)                                      # a finished run is left as it is
     assert again.returncode == 0 and 'resuming at step 10 of 10' in again.stdout
@@ -124,14 +130,19 @@ def test_evaluation_does_not_depend_on_the_seed(store_path, pretrained, tmp_path
 
 
 @pytest.mark.parametrize('option', ['tiny', 'tiny,no_nsp'])
-def test_continued_pretraining_on_other_text_with_or_without_nsp(store_path, pretrained, tmp_path, option):
-    work = tmp_path / 'continued'
-    args = command(store_path, work, f'--config.init_from={pretrained}', '--config.phases=((2,64,8),)', '--config.seed=3')
+def test_continued_pretraining_on_other_text_with_or_without_nsp(vocab, store_path, pretrained, tmp_path, option):
+    work, other = tmp_path / 'continued', tmp_path / 'other'
+    text = (ROOT / 'README.md').read_text().replace('## ', '\n\n')
+    (tmp_path / 'other.txt').write_text(text)
+    prepare.prepare([str(tmp_path / 'other.txt')], str(vocab), str(other), corpora.Reader('paragraphs'), 0.3)
+    args = command(other, work, f'--config.init_from={pretrained}', '--config.phases=((2,64,8),)', '--config.seed=3')
     args[1] = f'configs/pretrain.py:{option}'
     result = run_module('pretrain', *args)
     assert result.returncode == 0, result.stderr
     left = 'warm start, left behind: pooler, targets_nsp'
     assert (left in result.stdout) == ('no_nsp' in option) and 'fresh' not in result.stdout
+    before, after = (workdir.read_config(str(w)).store_hash for w in (pretrained, work))
+    assert before == store.load(store_path).info['sha256'] != after == store.load(other).info['sha256']
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(store_path, tmp_path):
@@ -152,6 +163,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(sto
     ('masking=words', ("Unknown masking 'words'", 'whole_word')),
     ('pipeline=tfds', ("Unknown pipeline 'tfds'", 'thread')),
     ('pairing=single', ('nsp', 'no_nsp')),
+    ('pairing=next', ("Unknown pairing 'next'", 'next_sentence')),
+    ('phases=((6,7,8),)', ('7',)),
     ('save_every=3', ('save_every 3', 'log_every 2')),
     ('mesh=(3,1,1)', ('needs 3 devices',)),
     ('store=nowhere', ('nowhere', 'no finished store')),
@@ -174,7 +187,7 @@ def test_what_cannot_run_is_refused(store_path, tmp_path, override, words):
                                  [f'--config.store={store_path}', *TINY, *extra, f'--config.{override}'])
         pretrain.pretrain(config, str(tmp_path / 'work'))
     assert all(word in str(error.value) for word in words), error.value
-    assert not (tmp_path / 'work' / 'checkpoints').exists()
+    assert not (tmp_path / 'work').exists()
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(store_path, tmp_path):

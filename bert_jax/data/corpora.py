@@ -10,9 +10,11 @@ import gzip
 import json
 import os
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import pyarrow.parquet
 
@@ -235,8 +237,8 @@ def _ready_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
 
 def _parquet_blocks(name: str, reader: Reader) -> Iterator[Block]:
     try:
-        table = pyarrow.parquet.ParquetFile(name)
-    except (OSError, pyarrow.ArrowException) as error:
+        table = pyarrow.parquet.ParquetFile(_unpacked(name) if name.endswith('.gz') else name)
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise UserError(f'{name}: not a Parquet file ({error}).') from error
     if reader.text_column not in table.schema_arrow.names:
         raise UserError(f'{name}: no column {reader.text_column!r}; there are: '
@@ -245,6 +247,14 @@ def _parquet_blocks(name: str, reader: Reader) -> Iterator[Block]:
         raise UserError(f'{name}: column {reader.text_column!r} is not text but '
                         f'{table.schema_arrow.field(reader.text_column).type}.')
     return _group(name, _parquet_texts(name, table, reader.text_column))
+
+
+def _unpacked(name: str) -> IO[bytes]:
+    """A file's contents on disk for as long as they are read: Parquet is read from its end."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the reader's, closed with it
+    with gzip.open(name, 'rb') as packed:
+        shutil.copyfileobj(packed, file)
+    return file
 
 
 def _parquet_texts(name: str, table: pyarrow.parquet.ParquetFile, column: str) -> Iterator[str]:

@@ -69,7 +69,8 @@ def read(name: str, folder: str) -> Task:
     """A task from a folder in GLUE's TSV layout, or from TFDS ('tfds:glue/sst2').
 
     The files of test splits may be missing. Rows of the wrong number of columns, which QQP has, are skipped and
-    counted. MNLI's diagnostic set is `diagnostic.tsv`, in its folder or in a folder `AX` or `diagnostic` beside it.
+    counted, the first of them named. MNLI's diagnostic set is `diagnostic.tsv`, in its folder or in a folder `AX` or
+    `diagnostic` beside it.
 
     Raises:
       UserError: no folder given, a missing file or column, a label that is not one (file and line).
@@ -77,7 +78,7 @@ def read(name: str, folder: str) -> Task:
     if not folder:
         raise UserError('--config.task.folder=FOLDER is missing: the folder with train.tsv and dev.tsv, '
                         f'or tfds:glue/{name}.')
-    layout, skipped = LAYOUTS[name], [0]
+    layout, skipped = LAYOUTS[name], []
     if folder.startswith('tfds:'):
         splits = {split: list(_from_tfds(folder.removeprefix('tfds:'), layout, split)) for split in layout.files
                   if split != 'test_diagnostic'}
@@ -89,7 +90,8 @@ def read(name: str, folder: str) -> Task:
                 splits[split] = list(_from_file(path, layout, split, skipped))
     task = Task('classification' if layout.labels else 'regression', splits, layout.labels, layout.best,
                 submission=layout.submission,
-                skipped=f'{skipped[0]:,} rows with a wrong number of columns were left out' if skipped[0] else '')
+                skipped=f'{len(skipped):,} rows with a wrong number of columns were left out, the first at {skipped[0]}'
+                if skipped else '')
     return with_classes(task) if layout.labels else with_numbers(task)
 
 
@@ -99,7 +101,7 @@ def _find(folder: str, file: str) -> str:
     return (*found, os.path.join(folder, file))[0]
 
 
-def _from_file(path: str, layout: Layout, split: str, skipped: list[int]) -> Iterator[Row]:
+def _from_file(path: str, layout: Layout, split: str, skipped: list[str]) -> Iterator[Row]:
     rows, test = tables.read_rows(path), split.startswith('test')
     if layout.fields and not test:
         header = [str(number) for number in range(layout.fields)]
@@ -115,7 +117,7 @@ def _from_file(path: str, layout: Layout, split: str, skipped: list[int]) -> Ite
             if test:
                 raise UserError(f'{where}: {len(fields)} columns where the header has {len(header)}; the predictions '
                                 'would lose their numbers.')
-            skipped[0] += 1
+            skipped.append(where)
             continue
         record = dict(zip(header, fields))
         pair, label = record[layout.pair] if layout.pair else None, None if test else record[layout.label]
