@@ -149,8 +149,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(sto
     work = tmp_path / 'nan'
     args = command(store_path, work, '--config.schedule.peak=1e30', '--config.optimizer.clip_norm=0.0')
     result = run_module('pretrain', *args)
-    expect_error(result, 'not finite at step', 'batch number', 'checkpoint')
+    expect_error(result, 'not finite at step 3 (batch number 2)', 'the last good checkpoint is step 2')
     steps = checkpoint.Checkpoints(work / 'checkpoints').steps()
+    assert steps == [2]
     assert all(np.isfinite(x).all() for s in steps for x in
                np.array([np.abs(v).max() for v in checkpoint.Checkpoints(work / 'checkpoints').restore(s, 'params')['encoder']['layers']['mlp']['up'].values()]))
 

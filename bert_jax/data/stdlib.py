@@ -6,9 +6,7 @@ writes a labelled task made from it: which package a docstring comes from.
 """
 
 import ast
-import csv
 import inspect
-import io
 import pathlib
 import pydoc_data.topics
 import sysconfig
@@ -67,11 +65,10 @@ def main() -> None:
     parser.add_argument('--output', required=True, metavar='FILE', help='the TSV to write: text, package')
     args = parser.parse_args()
     rows = labelled()
-    table = io.StringIO()
-    csv.writer(table, delimiter='\t', lineterminator='\n').writerows([('text', 'package'), *rows])
+    table = ''.join(f'{text}\t{package}\n' for text, package in [('text', 'package'), *rows])
     output = paths.check_local(args.output, '--output')
     output.parent.mkdir(parents=True, exist_ok=True)
-    paths.write_whole(output, table.getvalue())
+    paths.write_whole(output, table)
     counts = Counter(package for _, package in rows)
     print(f'{args.output}: {len(rows)} docstrings of {len(counts)} packages: '
           + ', '.join(f'{name} {count}' for name, count in counts.most_common()))

@@ -1,0 +1,85 @@
+"""The quickstart's stages in small, on a SentencePiece vocabulary: what launch/quickstart.sh calls, one after the other."""
+
+import collections
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+from bert_jax import cli, finetune, prepare, pretrain, report
+from bert_jax.data import corpora, stdlib, store
+
+
+def test_the_text_that_every_python_carries():
+    documents = list(stdlib.documents())
+    assert len(documents) > 300 and sum(map(len, documents)) > 1.5e6
+    rows = stdlib.labelled()
+    texts, packages = zip(*rows)
+    assert len(set(packages)) == stdlib.CLASSES and len(rows) == len(set(rows)) > 1000
+    assert min(map(len, texts)) >= stdlib.MIN_CHARACTERS and not any('\n' in text for text in texts)
+
+
+def test_stdlib_is_a_corpus(vocab, tmp_path, monkeypatch):
+    documents = list(stdlib.documents())[:40]
+    monkeypatch.setattr(stdlib, 'documents', lambda: iter(documents))
+    read = [document for block in corpora.Reader().blocks('stdlib:') for document in corpora.Reader().documents(block)]
+    assert len(read) == 40 and all(' '.join(sentences).split() == text.split() for sentences, text in zip(read, documents))
+
+
+TWO = {package for package, _ in collections.Counter(package for _, package in stdlib.labelled()).most_common(2)}
+
+
+@pytest.fixture(scope='module')
+def run(corpus, sentencepiece_vocab, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('quickstart')
+    prepare.prepare([str(corpus)], str(sentencepiece_vocab), str(folder / 'store'), corpora.Reader(), 0.15)
+    config = cli.load_config('configs/quickstart.py', [*TINY, f'--config.store={folder}/store'])
+    pretrain.pretrain(config, str(folder / 'pretrain'))
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(stdlib, 'CLASSES', 2)
+    monkeypatch.setattr(sys, 'argv', ['stdlib', '--output', str(folder / 'packages.tsv')])
+    stdlib.main()
+    monkeypatch.undo()
+    assert [tuple(line.split('\t')) for line in (folder / 'packages.tsv').read_text().splitlines()[1:]] == [
+        row for row in stdlib.labelled() if row[1] in TWO]
+    for scratch, work in ((False, 'finetune'), (True, 'finetune_from_scratch')):
+        task = cli.load_config('configs/finetune.py:classification', [
+            f'--config.init_from={folder}/pretrain', f'--config.from_scratch={scratch}', '--config.task.label_column=package',
+            f'--config.task.train_file={folder}/packages.tsv', '--config.task.dev_share=0.2', '--config.epochs=1.0',
+            '--config.max_length=32', '--config.num_lengths=1'])
+        finetune.run(finetune.Job(task), task, str(folder / work))
+    return folder
+
+
+def test_the_report_shows_each_result_beside_what_it_has_to_beat(run, capsys):
+    table = '\n'.join(report.table(run))
+    for words in ('held-out masked-word loss', 'unigram model', 'next-sentence', 'a coin', 'majority class', 'without pre-training'):
+        assert words in table
+    report.fill_masks(run)
+    said = capsys.readouterr().out
+    assert said.count('stood there') == 3 and said.count('[MASK]') == 3
+
+
+def test_sentencepiece_serves_everything(run):
+    """The store, pre-training, filling a mask, fine-tuning and classifying."""
+    from bert_jax import predict
+
+    assert store.load(run / 'store').tokenizer.vocab_size == 1003
+    (found,) = predict.load(str(run / 'pretrain'))('The value of the [MASK] is returned.')['masks']
+    assert len(found) == 5 and any(guess['token'].startswith('▁') for guess in found)
+    (label,) = predict.load(str(run / 'finetune'))(['Return the path of a file.'])
+    assert label['label'] in TWO
+
+
+def test_the_report_of_a_run_that_has_not_finished_is_one_line(tmp_path):
+    with pytest.raises(cli.UserError, match='has the run finished'):
+        report.table(tmp_path)
+
+
+@pytest.mark.parametrize('arguments, code, words', [(['--help'], 0, '--corpus'), (['--corpse'], 2, 'unknown argument --corpse'),
+                                                    (['--corpus'], 1, '--corpus needs')])
+def test_the_script_says_what_it_takes(arguments, code, words):
+    done = subprocess.run(['bash', 'launch/quickstart.sh', *arguments], cwd=ROOT, text=True, capture_output=True, env={
+        'PATH': '/usr/bin:/bin', 'PYTHON': sys.executable})
+    assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
