@@ -11,8 +11,9 @@ from collections.abc import Callable
 import filelock
 import pytest
 
-# Small models for seconds: what counts is how long they compile.
-os.environ['XLA_FLAGS'] = f'--xla_backend_optimization_level=1 {os.environ.get("XLA_FLAGS", "")}'
+# Small models for seconds: what counts is how long they compile. The long tests run what users run.
+if 'BERT_JAX_LONG_TESTS' not in os.environ:
+    os.environ['XLA_FLAGS'] = f'--xla_backend_optimization_level=1 {os.environ.get("XLA_FLAGS", "")}'
 
 import bert_jax  # noqa: F401 - first: it sets the flags that JAX's backend opens with
 
