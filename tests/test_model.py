@@ -249,14 +249,17 @@ def test_each_dropout_site_has_its_own_rate():
 
 
 def test_dropout_masks_differ_by_layer_site_and_step():
-    run = recorded_masks(embeddings__dropout_rate=0.5, encoder__dropout_rate=0.5)
+    run = recorded_masks(embeddings__dropout_rate=0.5, encoder__dropout_rate=0.5, encoder__attention_dropout_rate=0.5)
     one, two = run(0), run(1)
     masks = [out == 0 for calls in (*one.values(), *two.values()) for _, out in calls]
     hidden = [m for m in masks if m.shape == (8, L, D)]
     assert len(hidden) == 2 * (1 + 2 * 2)                     # embeddings, two sites in each of two layers, two steps
-    for i, a in enumerate(hidden):
-        for b in hidden[:i]:
-            assert abs((a == b).mean() - 0.5) < 0.06
+    attention = [m for m in masks if m.shape == (8, 4, L, L)]
+    assert len(attention) == 2 * 2                            # probabilities, in each of two layers, two steps
+    for same_shape in (hidden, attention):
+        for i, a in enumerate(same_shape):
+            for b in same_shape[:i]:
+                assert abs((a == b).mean() - 0.5) < 0.06
     again = run(0)
     assert all(np.array_equal(a[1], b[1]) for k in one for a, b in zip(one[k], again[k]))
 
@@ -269,6 +272,12 @@ def test_a_classifier_drops_its_pooled_vector():
     a, b = (model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(s)})['classification']['logits']
             for s in (0, 1))
     assert not np.allclose(a, b)
+    head = TARGETS['classification'](num_classes=64, dropout_rate=0.3)  # whose logits are the pooled vector itself:
+    weights = {'params': {'dense': {'kernel': jnp.eye(64), 'bias': jnp.zeros(64)}}}
+    encoded = Encoded(None, {}, jnp.ones((500, 1, 64)))
+    seen = head.apply(weights, encoded, {}, None, train=True, method='outputs', rngs={'dropout': jax.random.key(0)})['logits']
+    assert abs((seen == 0).mean() - 0.3) < 0.01
+    np.testing.assert_allclose(seen[seen != 0], 1 / 0.7, rtol=1e-4)
 
 
 def test_bf16_computes_in_bf16_over_fp32_weights():
