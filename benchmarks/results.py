@@ -9,7 +9,6 @@ that are there, so it can be made again at any time.
 import argparse
 import json
 import pathlib
-import shlex
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ ROWS = [  # name, config, model, settings; seeds by name
     ('conll2003', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003', '--config.schedule.peak=2e-4', *SHORT]),
     *((f'conll2003_{features}', 'conll2003', 'cased', ['--config.task.folder=$DATA/ner/conll2003',
                                                        f'--config.task.features={features}', *SHORT, *FROZEN]) for features in tasks.FEATURES)]
+BESIDE = {'mrpc': ['accuracy'], 'squad1': ['exact'], 'squad2': ['exact']}  # scores shown beside the task's own
 SEEDS = {'cola': 5, 'mrpc': 5, 'stsb': 5, 'commonsenseqa': 5}  # else 3
 
 
@@ -71,35 +71,41 @@ def folder(output, name, scratch):
     return output / name / ('scratch' if scratch else 'pretrained')
 
 
+def command(name, task, model, settings, work, scratch=False):
+    return ['python', '-m', 'bert_jax.finetune', '--config', f'configs/finetune.py:{task}', f'--config.init_from={model}',
+            *settings, f'--config.seeds={SEEDS.get(name, 3)}', *(['--config.from_scratch=True'] if scratch else []), '--workdir', str(work)]
+
+
 def run(args, name, task, model, settings, scratch):
     work = folder(args.output, name, scratch)
-    command = ['python', '-m', 'bert_jax.finetune', '--config', f'configs/finetune.py:{task}', f'--config.init_from={model}',
-               *settings, f'--config.seeds={SEEDS.get(name, 3)}', *(['--config.from_scratch=True'] if scratch else []),
-               '--workdir', str(work)]
     if not (work / 'sweep.json').exists():
         commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip()
         work.mkdir(parents=True, exist_ok=True)
-        (work / 'made.json').write_text(json.dumps({'command': shlex.join(command), 'commit': commit}))
-        subprocess.run([sys.executable, *(part.replace('$DATA', args.data) for part in command[1:])], cwd=ROOT, check=True)
+        (work / 'made.json').write_text(json.dumps({'commit': commit}))
+        parts = command(name, task, model, settings, work, scratch)
+        subprocess.run([sys.executable, *(part.replace('$DATA', args.data) for part in parts[1:])], cwd=ROOT, check=True)
 
 
 def page(output):
     lines = ['# Results', '', 'Written by `python benchmarks/results.py`; mean, standard deviation and range over seeds, on dev.', '',
              '| task | score | pre-trained | the same without pre-training | baselines | seeds | commit |', '|---|---|---|---|---|---|---|']
     commands = []
-    for name, *_ in ROWS:
+    for name, task, model, settings in ROWS:
         found = [folder(output, name, scratch) for scratch in (False, True)]
         if not all((work / 'sweep.json').exists() for work in found):
             continue
         sweeps = [json.loads((work / 'sweep.json').read_text()) for work in found]
-        made = json.loads((found[0] / 'made.json').read_text())
+        commits = sorted({json.loads((work / 'made.json').read_text())['commit'] for work in found})
         score = sweeps[0]['score']
         first = next(iter(sweeps[0]['runs'].values()))
         baselines = ', '.join(f'{key.removeprefix("dev/")} {value:.3f}' for key, value in first.items()
                               if key.startswith('dev/') and any(word in key for word in ('majority', 'baseline', 'longest', 'first_', 'no_answer_f1')))
-        cells = [spread([one[score] for one in sweep['runs'].values()]) for sweep in sweeps]
-        lines.append(f'| {name} | {score.removeprefix("dev/")} | {cells[0]} | {cells[1]} | {baselines} | {len(sweeps[0]["runs"])} | {made["commit"]} |')
-        commands.append(f'# {name}\n{made["command"]}')
+        for shown in (score, *(f'dev/{other}' for other in BESIDE.get(name, ()))):
+            cells = [spread([one[shown] for one in sweep['runs'].values()]) for sweep in sweeps]
+            lines.append(f'| {name} | {shown.removeprefix("dev/")} | {cells[0]} | {cells[1]} | {baselines} | {len(sweeps[0]["runs"])} '
+                         f'| {", ".join(commits)} |')
+        parts = command(name, task, f'runs/{model}', settings, f'runs/{name}')
+        commands.append(' '.join(f'"{part}"' if '(' in part else part for part in parts))
     return '\n'.join([*lines, '', 'The commands (without pre-training: `--config.from_scratch=True`):', '', '```bash', *commands, '```', ''])
 
 
