@@ -87,7 +87,8 @@ def run(args, name, task, model, settings, scratch):
 
 
 def page(output):
-    lines = ['# Results', '', 'Written by `python benchmarks/results.py`; mean, standard deviation and range over seeds, on dev.', '',
+    lines = ['# Results', '', 'Written by `benchmarks/results.py`: mean, standard deviation and range over seeds, on dev, the best checkpoint on dev of each run. '
+             '`runs/mini` is the BERT-mini of the README.', '',
              '| task | score | pre-trained | the same without pre-training | baselines | seeds | commit |', '|---|---|---|---|---|---|---|']
     commands = []
     for name, task, model, settings in ROWS:
