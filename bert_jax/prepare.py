@@ -100,6 +100,7 @@ def prepare(inputs: Iterable[str], tokenizer_path: str, output: str, reader: cor
         text_bytes, tokens = _write_all(writer, names, reader, held_out, str(path / 'tokenizer'), workers)
         totals = writer.finish()
     except UserError:
+        writer.close()
         if not writer.tokens:  # nothing that another call could go on from
             shutil.rmtree(path)
         raise
@@ -281,6 +282,11 @@ class _Writer:
         store.write_json(self.path / 'journal.json', {
             'body': self.body, 'blocks': self.blocks, 'counts': dict(self.counts),
             'sizes': {name: file.tell() for name, file in self._files.items()}})
+
+    def close(self) -> None:
+        """Leaves everything as it is: nothing is written by these files any more."""
+        for file in self._files.values():
+            file.close()
 
     def finish(self) -> collections.Counter:
         """Gives every file its final name and writes store.json."""
