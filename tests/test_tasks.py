@@ -189,7 +189,10 @@ def test_glues_odd_files(tmp_path):
     (tmp_path / 'dev.tsv').write_text(header + '0\t1\t2\ta\tb\t1\n')
     (tmp_path / 'test.tsv').unlink()
     qqp = glue.read('qqp', str(tmp_path))
-    assert len(qqp.splits['train']) == 2 and '1 rows' in qqp.skipped
+    assert len(qqp.splits['train']) == 2 and '1 rows' in qqp.skipped and 'train.tsv:3' in qqp.skipped
+    (tmp_path / 'dev.tsv').write_text(header)
+    with pytest.raises(UserError, match='dev.tsv: no rows'):
+        glue.read('qqp', str(tmp_path))
 
 
 def test_glue_from_tfds_mock():
@@ -318,6 +321,10 @@ def test_no_answer_is_said_above_the_threshold_that_is_best_on_dev():
     found = [{'null_odds': odds, 'nbest': [{'text': row.passage}]} for row, odds in zip(rows, (-1.0, 0.5, 2.0, 3.0))]
     result = spans.score(task, rows, {}, found)
     assert result['null_threshold'] == 0.5 and result['f1'] == 100 == result['best_f1']
+    worse = [one | {'nbest': [{'text': one['nbest'][0]['text'] + ' x'}]} for one in found[:2]] + found[2:]  # F1 2/3, never exact
+    result = spans.score(task, rows, {}, worse)
+    assert result['null_threshold'] == 0.5 and result['exact'] == 50 == result['best_exact']
+    assert result['best_f1'] == result['f1'] == pytest.approx(100 * (4 / 3 + 2) / 4)
     rows = [question('w3', id='c'), question('w4', id='d')]
     result = spans.score(task, rows, {}, found[:2])
     assert result['null_threshold'] < -1 and result['f1'] == 100
@@ -414,6 +421,10 @@ def bad(name, folder, content, suffix):
     ('span', '.json', '{"data": [{"paragraphs": [{"context": "b c", "qas": [{"id": "7", "question": "a", "answers": '
      '[{"text": "c", "answer_start": 0}]}]}]}]}', ('question 7', "'c' is not in the passage at 0")),
     ('span', '.json', '{"data": 3}', ('not a SQuAD file',)),
+    ('span', '.json', json.dumps({'data': [{'paragraphs': [{'context': 'a b', 'qas': [
+        {'id': 'q', 'question': 'c', 'answers': [{'text': 'a', 'answer_start': None}]}]}]}]}), ('not a SQuAD file', 'NoneType')),
+    ('span', '.json', json.dumps({'data': [{'paragraphs': [{'context': 'a b', 'qas': [
+        {'id': 'q', 'question': None, 'answers': []}]}]}]}), ('not a SQuAD file', 'question q')),
 ])
 def test_bad_files_name_file_and_line(name, suffix, content, words, model, tmp_path):
     with pytest.raises(UserError) as error:
@@ -429,6 +440,13 @@ def test_swag_and_commonsenseqa_are_read(tmp_path):
           [('0', 'v', 'A man sits.', 'He', 'eats.', 'flies.', 'x.', 'y.', '1')])
     (row,) = choices.read(str(tmp_path / 'swag.csv'), 'swag')
     assert row.context == 'A man sits.' and row.choices[1] == 'He flies.' and row.label == 1
+    table(tmp_path / 'unequal.csv', ('sent1', 'sent2', 'ending_note', 'ending0', 'ending1', 'ending2', 'label'),
+          [('A man sits.', 'He', 'odd', 'eats.', 'flies.', 'runs.', '2'), ('A man sits.', 'He', '', 'eats.', 'flies.', '', '1')])
+    assert [row.choices for row in choices.read(str(tmp_path / 'unequal.csv'), 'swag')] == [
+        ('He eats.', 'He flies.', 'He runs.'), ('He eats.', 'He flies.')]
+    json_lines(tmp_path / 'half.jsonl', [{'context': 'a', 'choices': ['b', 'c'], 'label': 0.5}])
+    with pytest.raises(UserError, match='label 0.5 is not a whole number'):
+        choices.read(str(tmp_path / 'half.jsonl'), 'plain')
     json_lines(tmp_path / 'c.jsonl', [{'answerKey': 'B', 'id': '1', 'question': {'stem': 'Why?', 'choices': [
         {'label': 'A', 'text': 'so'}, {'label': 'B', 'text': 'because'}]}}])
     (row,) = choices.read(str(tmp_path / 'c.jsonl'), 'commonsenseqa')

@@ -1,6 +1,7 @@
 """Multiple choice: a context, its possible continuations, and which is right."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -53,24 +54,29 @@ def read(file: str, form: str) -> list[Question]:
     return questions
 
 
+ENDING = re.compile(r'ending\d+')
+
+
 def _swag(file: str) -> Iterator[Question]:
     for where, record in tables.read_table(file):
-        endings = [record[name] for name in sorted((n for n in record if n.startswith('ending')), key=_number)]
+        names = sorted((name for name in record if ENDING.fullmatch(name)), key=lambda name: int(name[len('ending'):]))
+        endings = [record[name] for name in names]
+        while endings and not endings[-1].strip():  # a question with fewer than others
+            endings.pop()
         start = tables.column(where, record, 'sent2')
         label = record.get('label', '')
         yield Question(tables.column(where, record, 'sent1'), tuple(f'{start} {ending}'.strip() for ending in endings),
                        _whole(where, label) if label != '' else None, where)
 
 
-def _number(name: str) -> int:
-    return int(name.removeprefix('ending') or 0)
-
-
 def _whole(where: str, value: Any) -> int:
     try:
-        return int(value)
+        number = int(value)
+        if isinstance(value, float) and number != value:
+            raise ValueError
+        return number
     except (TypeError, ValueError) as error:
-        raise UserError(f'{where}: label {value!r} is not a number.') from error
+        raise UserError(f'{where}: label {value!r} is not a whole number.') from error
 
 
 def _commonsenseqa(file: str) -> Iterator[Question]:

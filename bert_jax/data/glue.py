@@ -88,6 +88,8 @@ def read(name: str, folder: str) -> Task:
             path = _find(folder, file)
             if os.path.exists(path) or not split.startswith('test'):
                 splits[split] = list(_from_file(path, layout, split, skipped))
+                if not splits[split]:
+                    raise UserError(f'{path}: no rows in it.')
     task = Task('classification' if layout.labels else 'regression', splits, layout.labels, layout.best,
                 submission=layout.submission,
                 skipped=f'{len(skipped):,} rows with a wrong number of columns were left out, the first at {skipped[0]}'

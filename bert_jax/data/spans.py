@@ -5,6 +5,7 @@ Devlin et al. 2019, 4.2 and 4.3; windows and the best-context rule as in the ori
 
 import dataclasses
 import json
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -69,8 +70,11 @@ def _squad(file: str) -> Iterator[Question]:
             for article in articles:
                 for paragraph in article['paragraphs']:
                     for qa in paragraph['qas']:
-                        answers = () if qa.get('is_impossible') else tuple(
-                            (answer['text'], answer['answer_start']) for answer in qa.get('answers', ()))
+                        given = () if qa.get('is_impossible') else qa.get('answers', ())
+                        answers = tuple((answer['text'], operator.index(answer['answer_start'])) for answer in given)
+                        for text in (qa['question'], paragraph['context'], *dict(answers)):
+                            if not isinstance(text, str):
+                                raise ValueError(f'{text!r} where a text is expected, question {qa["id"]}')
                         yield Question(str(qa['id']), qa['question'], paragraph['context'], answers,
                                        'answers' in qa, f'{file}, question {qa["id"]}')
         except (ValueError, KeyError, TypeError) as error:
@@ -244,15 +248,16 @@ def score(task: Task, rows: Sequence[Question], outputs: dict[str, Sequence[np.n
     if not task.settings['null_answers']:
         return scores.squad(answers, best)
     odds = {row.id: one['null_odds'] for row, one in zip(rows, predictions)}
+    over_all = {name: value for name, value in scores.squad(answers, best, odds).items() if name.startswith('best_')}
     if task.settings['null_threshold'] is not None:
-        return scores.squad(answers, {row.id: one['text'] for row, one in zip(rows, predictions)}, odds)
+        return scores.squad(answers, {row.id: one['text'] for row, one in zip(rows, predictions)}, odds) | over_all
     each = {id_: max([scores.token_f1(text, best[id_]) for text in gold] or [float(not best[id_])])
             for id_, gold in answers.items()}
     value, threshold = scores.best_threshold(answers, best, each, odds)
     if value == 100 * sum(not gold for gold in answers.values()) / len(answers):
         threshold = min(odds.values()) - 1.0  # never answering is best; the published search says 0 then
     chosen = {id_: best[id_] if odds[id_] <= threshold else '' for id_ in answers}
-    return scores.squad(answers, chosen, odds) | {'null_threshold': threshold}
+    return scores.squad(answers, chosen, odds) | over_all | {'null_threshold': threshold}
 
 
 def baseline(task: Task, rows: Sequence[Question]) -> dict[str, float]:
