@@ -72,7 +72,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length,
                                                config.packed) for phase in phases}
     evaluators = {'held_out': make_evaluator(config, data, model, mesh, phases)} if config.eval_examples else {}
-    folder = workdir.start(path, config, data.tokenizer)  # from here on nothing is refused
+    folder = workdir.start(path, config, data.tokenizer)  # nothing is written before all is checked
     batches.import_ahead(config.pipeline)
     clock.done('data')
     state = train.make_init(model, tx, example, mesh)(config.seed)

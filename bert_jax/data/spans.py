@@ -248,8 +248,8 @@ def score(task: Task, rows: Sequence[Question], outputs: dict[str, Sequence[np.n
     if not task.settings['null_answers']:
         return scores.squad(answers, best)
     odds = {row.id: one['null_odds'] for row, one in zip(rows, predictions)}
-    over_all = {name: value for name, value in scores.squad(answers, best, odds).items() if name.startswith('best_')}
     if task.settings['null_threshold'] is not None:
+        over_all = {name: value for name, value in scores.squad(answers, best, odds).items() if name.startswith('best_')}
         return scores.squad(answers, {row.id: one['text'] for row, one in zip(rows, predictions)}, odds) | over_all
     each = {id_: max([scores.token_f1(text, best[id_]) for text in gold] or [float(not best[id_])])
             for id_, gold in answers.items()}
@@ -257,7 +257,7 @@ def score(task: Task, rows: Sequence[Question], outputs: dict[str, Sequence[np.n
     if value == 100 * sum(not gold for gold in answers.values()) / len(answers):
         threshold = min(odds.values()) - 1.0  # never answering is best; the published search says 0 then
     chosen = {id_: best[id_] if odds[id_] <= threshold else '' for id_ in answers}
-    return scores.squad(answers, chosen, odds) | over_all | {'null_threshold': threshold}
+    return scores.squad(answers, chosen, odds) | {'null_threshold': threshold}
 
 
 def baseline(task: Task, rows: Sequence[Question]) -> dict[str, float]:
