@@ -249,7 +249,7 @@ def score(task: Task, rows: Sequence[Question], outputs: dict[str, Sequence[np.n
         return scores.squad(answers, best)
     odds = {row.id: one['null_odds'] for row, one in zip(rows, predictions)}
     if task.settings['null_threshold'] is not None:
-        over_all = {name: value for name, value in scores.squad(answers, best, odds).items() if name.startswith('best_')}
+        over_all = {key: value for key, value in scores.squad(answers, best, odds).items() if key.startswith('best_')}
         return scores.squad(answers, {row.id: one['text'] for row, one in zip(rows, predictions)}, odds) | over_all
     each = {id_: max([scores.token_f1(text, best[id_]) for text in gold] or [float(not best[id_])])
             for id_, gold in answers.items()}
