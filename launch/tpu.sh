@@ -6,13 +6,13 @@
 #   bash launch/tpu.sh logs   NAME            the last lines of worker 0, and what follows
 #   bash launch/tpu.sh ssh    NAME [WORKER]   a shell on a worker (default: 0)
 #   bash launch/tpu.sh setup  NAME            copies the code and installs requirements-tpu.txt; run does it too
-#   bash launch/tpu.sh stop   NAME            ends the run; it saves a checkpoint first
+#   bash launch/tpu.sh stop   NAME            ends the run, and waits until it has saved a checkpoint
 #   bash launch/tpu.sh delete NAME            gives the slice back
 #
 # --zone Z and --project P with each, or ZONE and PROJECT, or gcloud's own defaults; --dry_run prints every gcloud call.
 # `run` copies this checkout to every worker, the store to every worker's disk, and starts the same pretrain command on all of
-# them. It then watches: when a spot slice is taken away, it asks for another and goes on from the last checkpoint.
-# --detach leaves it alone.
+# them. It then watches: when a slice is taken away, it asks for the same once more and goes on from the last checkpoint.
+# --detach leaves it alone. Several workers: ssh-add ~/.ssh/google_compute_engine first, or gcloud reaches none of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,7 +28,7 @@ esac
 case ${1:-} in '' | -*) fail "$action needs the slice's NAME." ;; *) name=$1; shift ;; esac
 
 zone=${ZONE:-} project=${PROJECT:-} dry='' detach='' spot='' slices=1 type='' version='' store='' workdir='' worker=0
-poll=${TPU_POLL_SECONDS:-30}
+poll=${TPU_POLL_SECONDS:-30} patience=${TPU_POLLS:-40} # without an answer
 need() { [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value."; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -73,11 +73,10 @@ runtime() { # the image that each generation is documented to start with
 }
 
 create() {
-  [ -n "$type" ] || fail "create needs --type, for example v4-64, v5litepod-16 or v6e-256."
   local request=("--accelerator-type=$type" "--runtime-version=${version:-$(runtime "$type")}")
   if [ "$slices" -gt 1 ]; then request+=("--node-count=$slices" "--node-prefix=$name"); else request+=("--node-id=$name"); fi
   [ -z "$spot" ] || request+=(--spot)
-  qr create "${request[@]}" || fail "gcloud did not take the request for $type (quota? zone?); nothing was created."
+  qr create "${request[@]}"
 }
 
 wait_until_active() {
@@ -101,30 +100,44 @@ setup() {
   archive=$(mktemp -d)/bert_jax.tar.gz
   [ -n "$dry" ] || git ls-files -co --exclude-standard -z | tar czf "$archive" --null --files-from=-
   qr scp "$archive" bert_jax.tar.gz --node=all --worker=all || fail "$name: the code did not reach every worker."
-  # a run that goes on keeps its code
-  # shellcheck disable=SC2016  # the workers' shells expand these
-  everywhere 'mkdir -p bert_jax/run && { kill -0 "$(cat bert_jax/run/loop 2> /dev/null)" 2> /dev/null || tar xzf bert_jax.tar.gz -C bert_jax; } &&
+  # a run that goes on keeps its code; else nothing of an older copy stays but what was installed
+  everywhere 'mkdir -p bert_jax/run && { bash bert_jax/launch/worker.sh status 2> /dev/null | grep -qx running ||
+    { find bert_jax -mindepth 1 -maxdepth 1 ! -name run ! -name .venv -exec rm -rf {} + && tar xzf bert_jax.tar.gz -C bert_jax; }; } &&
     bash bert_jax/launch/worker.sh setup' ||
     fail "$name: the installation failed on a worker (above)."
 }
 
 start() {
-  everywhere "bash bert_jax/launch/worker.sh start $(printf '%q ' "$store" "$workdir" "$@")" ||
+  local said
+  said=$(everywhere "bash bert_jax/launch/worker.sh start $(printf '%q ' "$store" "$workdir" "$@")") ||
     fail "$name: the run did not start on every worker (above)."
+  echo "$said"
+  case $dry$said in
+    1* | *started* | *'already running'*) ;;
+    *) fail "$name: no worker answered. Is the key known to ssh-agent? ssh-add ~/.ssh/google_compute_engine" ;;
+  esac
 }
 
+statuses() { everywhere 'bash bert_jax/launch/worker.sh status'; }
+
 watch() { # until the run has ended; asks for a new slice when this one is gone
+  local found silent=0
   while true; do
     sleep "$poll"
     case $(state || echo UNKNOWN) in
       ACTIVE)
-        local codes
-        codes=$(everywhere 'bash bert_jax/launch/worker.sh status') || { say "a worker does not answer; trying again"; continue; }
-        case $codes in
+        found=$(statuses) || found=''
+        [ -z "$found" ] || silent=0
+        case $found in
+          *dead*) say "the run is gone from a worker (a reboot?); starting it again"; setup; start "$@" ;;
           *running*) ;;
           *failed*) everywhere 'bash bert_jax/launch/worker.sh tail' || true; fail "the run failed on a worker (above)." ;;
+          *stopped*) say "the run was stopped; the same command goes on"; return ;;
           *finished*) say "the run has finished: $workdir"; return ;;
-          *) say "a worker does not answer; trying again" ;;
+          *)
+            silent=$((silent + 1))
+            say "a worker does not answer; trying again"
+            [ "$silent" -lt "$patience" ] || fail "no answer $silent times in a row. $name is still there, and costs: bash launch/tpu.sh delete $name" ;;
         esac ;;
       SUSPENDING | SUSPENDED | FAILED)
         say "$name was taken away; asking for another, to go on from the last checkpoint"
@@ -134,18 +147,23 @@ watch() { # until the run has ended; asks for a new slice when this one is gone
   done
 }
 
+recall() { # what was asked for
+  local forgot="$name: gcloud does not say what it was; give run its --type (and --spot, --slices) too."
+  type=$(qr describe --format='value(tpu.nodeSpec[0].node.acceleratorType)') || fail "$forgot"
+  version=$(qr describe --format='value(tpu.nodeSpec[0].node.runtimeVersion)') || fail "$forgot"
+  slices=$(qr describe --format='value(tpu.nodeSpec[0].multisliceParams.nodeCount)') || fail "$forgot"
+  spot=$(qr describe --format='json(spot)') || fail "$forgot"
+  slices=${slices:-1}
+  case $spot in *'"spot"'*) spot=1 ;; *) spot='' ;; esac
+}
+
 again() { # the same request once more, until it is granted
-  if [ -z "$type" ]; then
-    type=$(qr describe --format='value(tpu.nodeSpec[0].node.acceleratorType)')
-    version=$(qr describe --format='value(tpu.nodeSpec[0].node.runtimeVersion)')
-    slices=$(qr describe --format='value(tpu.nodeSpec[0].multisliceParams.nodeCount)')
-    spot=1 slices=${slices:-1}
-  fi
+  [ -n "$type" ] || recall
   while true; do
     qr delete --force --quiet || say "$name could not be deleted; it may be gone already"
-    create
-    ! wait_until_active || break
-    say "still no capacity; trying again"
+    if ! create; then say "gcloud did not take the request; trying again"
+    elif wait_until_active; then break
+    else say "still no capacity; trying again"; fi
     sleep "$poll"
   done
   setup
@@ -153,7 +171,10 @@ again() { # the same request once more, until it is granted
 }
 
 case $action in
-  create) create; say "asked for $type; bash launch/tpu.sh run $name waits for it" ;;
+  create)
+    [ -n "$type" ] || fail "create needs --type, for example v4-64, v5litepod-16 or v6e-256."
+    create || fail "gcloud did not take the request for $type (quota? zone?); nothing was created."
+    say "asked for $type; bash launch/tpu.sh run $name waits for it" ;;
   setup) wait_until_active || fail "$name is not active."; setup ;;
   run)
     [ -n "$store" ] && [ -n "$workdir" ] || fail "run needs --store gs://BUCKET/STORE and --workdir gs://BUCKET/RUN."
@@ -163,6 +184,14 @@ case $action in
     [ -n "$detach$dry" ] || watch "$@" ;;
   logs) qr ssh --node=0 --worker=0 --command='tail -n 100 -F bert_jax/run/log.txt' ;;
   ssh) qr ssh --node=0 --worker="$worker" ;;
-  stop) everywhere 'bash bert_jax/launch/worker.sh stop' ;;
+  stop)
+    everywhere 'bash bert_jax/launch/worker.sh stop'
+    until [ -n "$dry" ]; do
+      case $(statuses || echo running) in
+        *running*) sleep "$poll" ;;
+        *stopped*) say 'stopped; a checkpoint is saved'; break ;;
+        *) say 'nothing is running there'; break ;;
+      esac
+    done ;;
   delete) qr delete --force --quiet ;;
 esac

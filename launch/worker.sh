@@ -3,11 +3,12 @@
 #
 # `start` copies the store to this disk and leaves a loop behind, which starts pretrain again whenever it asks for it (exit
 # code 75) or was killed by a signal, for all workers begin anew together; other codes are the end. Where one runs already,
-# `setup` and `start` leave it alone.
+# `setup` and `start` leave it alone. `status` says running, finished, stopped, failed with code N, or dead: a loop that
+# is gone without a word, after a reboot say.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p run
-running() { [ -e run/loop ] && kill -0 "$(cat run/loop)" 2> /dev/null; }
+running() { [ -e run/loop ] && grep -qa bert_jax.pretrain "/proc/$(cat run/loop)/cmdline" 2> /dev/null; }
 
 case ${1:-} in
   setup)
@@ -19,7 +20,7 @@ case ${1:-} in
       [ -x .venv/bin/pip ] || uv venv --quiet --clear --seed --python 3.12 .venv
     fi
     environment requirements-tpu.txt
-    python -c 'import jax; print(jax.local_device_count(), "devices of", jax.devices()[0].device_kind)' ;;
+    timeout 300 python -c 'import jax; print(jax.local_device_count(), "devices of", jax.devices()[0].device_kind)' ;;
   start)
     store=$2 workdir=$3
     shift 3
@@ -45,14 +46,17 @@ case ${1:-} in
       done
       echo $code > run/exit
       rm run/loop' pretrain --workdir "$workdir" --config.store="$local_store" "$@" > /dev/null 2>&1 < /dev/null &
-    ;;
+    until running || [ -e run/exit ]; do sleep 0.1; done
+    echo started ;;
   status)
-    if [ ! -e run/exit ]; then echo running
-    elif [ "$(cat run/exit)" = 0 ] || [ -e run/stopped ]; then echo finished
+    if running; then echo running
+    elif [ ! -e run/exit ]; then echo dead
+    elif [ "$(cat run/exit)" = 0 ]; then echo finished
+    elif [ -e run/stopped ]; then echo stopped
     else echo "failed with code $(cat run/exit)"; fi ;;
   tail) tail -n 20 run/log.txt ;;
   stop)
     touch run/stopped
     kill -TERM "$(cat run/pid)" || true ;;
-  *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

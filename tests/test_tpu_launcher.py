@@ -6,15 +6,16 @@ import os
 import shlex
 import shutil
 import subprocess
+import time
 
 import pytest
 from conftest import ROOT
 
 PYTHON = '''#!/bin/bash
-echo "$@" >> python_calls
+echo "$@" >> .venv/python_calls
 [ "$1" = -m ] || exit 0
 trap 'exit 75' TERM
-codes=$(cat codes); code=${codes%% *}; echo "${codes#* }" > codes
+codes=$(cat .venv/codes); code=${codes%% *}; echo "${codes#* }" > .venv/codes
 [ "$code" != wait ] || { while true; do sleep 0.1; done; }
 exit $code
 '''
@@ -44,12 +45,17 @@ class Cloud:
 
     def codes(self, codes):
         for home in self.root.glob('worker*'):
-            (home / 'bert_jax' / 'codes').write_text(codes + '\n')
+            (home / 'bert_jax' / '.venv' / 'codes').write_text(codes + '\n')
 
-    def __call__(self, *args):
+    def __call__(self, *args, **kwargs):
+        process = self.start(*args, **kwargs)
+        stdout, stderr = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+    def start(self, *args, polls='40'):
         env = os.environ | {'GCLOUD_ROOT': str(self.root), 'PATH': f'{self.root}/bin:{os.environ["PATH"]}', 'TPU_POLL_SECONDS': '0.2',
-                            'WORKER_PAUSE_SECONDS': '0.1', 'ZONE': 'us-west4-a', 'PROJECT': 'mine'}
-        return subprocess.run(['bash', 'launch/tpu.sh', *args], cwd=ROOT, env=env, text=True, capture_output=True, timeout=120)
+                            'WORKER_PAUSE_SECONDS': '0.1', 'TPU_POLLS': polls, 'ZONE': 'us-west4-a', 'PROJECT': 'mine'}
+        return subprocess.Popen(['bash', 'launch/tpu.sh', *args], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def calls(self, command=''):
         file = self.root / 'calls.jsonl'
@@ -57,7 +63,14 @@ class Cloud:
         return [call for call in made if not command or command in call]
 
     def python(self, number):
-        return (self.root / f'worker{number}' / 'bert_jax' / 'python_calls').read_text()
+        return (self.root / f'worker{number}' / 'bert_jax' / '.venv' / 'python_calls').read_text()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -116,13 +129,59 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(cloud):
 
 
 def test_several_slices_come_back_as_several_and_a_failing_call_does_not_end_the_waiting(cloud):
+    """The delete fails, so the name is still taken; then there is no capacity twice."""
     (cloud.root / 'slices').write_text('2')
-    (cloud.root / 'fail').write_text('delete UNAVAILABLE: try later\n')
-    cloud.states('SUSPENDED', 'WAITING_FOR_RESOURCES', 'ACTIVE')
+    (cloud.root / 'fail').write_text('delete UNAVAILABLE: try later\ncreate@2 RESOURCE_EXHAUSTED: no capacity\n')
+    (cloud.root / 'exists').touch()
+    cloud.states('SUSPENDED', 'WAITING_FOR_RESOURCES', 'FAILED', 'WAITING_FOR_RESOURCES', 'ACTIVE')
     done = cloud(*RUN)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count('did not take the request; trying again') == 2 and 'still no capacity' in done.stderr
+    assert [call[3] for call in cloud.calls() if call[3] in ('create', 'delete')] == ['delete', 'create'] * 4
+    assert {'--node-count=2', '--node-prefix=pod', '--spot'} <= set(cloud.calls('create')[-1])
+
+
+def test_a_slice_on_demand_comes_back_on_demand(cloud):
+    (cloud.root / 'on_demand').touch()
+    cloud.states('FAILED', 'ACTIVE')
+    assert cloud(*RUN).returncode == 0
     (create,) = cloud.calls('create')
-    assert {'--node-count=2', '--node-prefix=pod'} <= set(create)
+    assert '--spot' not in create and '--accelerator-type=v5litepod-16' in create
+
+
+def test_a_loop_that_is_gone_is_started_again(cloud):
+    """As after a reboot: no exit code, nothing running."""
+    cloud.codes('wait 0')
+    watching = cloud.start(*RUN)
+    loops = [home / 'bert_jax' / 'run' for home in sorted(cloud.root.glob('worker*'))]
+    wait_for(lambda: all((run / 'pid').exists() for run in loops))
+    for name in ('loop', 'pid'):
+        subprocess.run(['kill', '-KILL', (loops[0] / name).read_text().strip()], check=True)
+    loops[1].joinpath('stopped').unlink(missing_ok=True)
+    subprocess.run(['kill', '-TERM', (loops[1] / 'pid').read_text().strip()], check=True)  # it notices, and asks to be started again
+    _, stderr = watching.communicate(timeout=60)
+    assert watching.returncode == 0 and 'gone from a worker' in stderr and 'the run has finished' in stderr, stderr
+    assert cloud.python(0).count('bert_jax.pretrain') == 2 <= cloud.python(1).count('bert_jax.pretrain')
+
+
+def test_a_worker_that_does_not_answer_is_asked_again_but_not_for_ever(cloud):
+    cloud.codes('wait 0')
+    (cloud.root / 'fail').write_text('ssh@3 lost\nssh@4 lost\ndescribe@3 UNAVAILABLE\n')
+    watching = cloud.start(*RUN)
+    wait_for(lambda: len(cloud.calls('ssh')) > 5)
+    assert cloud('stop', 'pod').returncode == 0
+    _, stderr = watching.communicate(timeout=60)
+    assert watching.returncode == 0 and stderr.count('does not answer; trying again') == 2 and 'the run was stopped' in stderr, stderr
+    (cloud.root / 'fail').write_text('\n'.join(f'ssh@{number} lost' for number in range(len(cloud.calls('ssh')) + 3, 100)))
+    cloud.codes('wait 0')
+    done = cloud(*RUN, polls='3')
+    assert done.returncode == 2 and 'no answer 3 times in a row' in done.stderr and 'tpu.sh delete pod' in done.stderr, done.stderr
+
+
+def test_without_a_key_in_the_agent_nobody_is_reached_and_it_is_said(cloud):
+    (cloud.root / 'no_key').touch()
+    done = cloud(*RUN)
+    assert done.returncode == 2 and 'ssh-add' in done.stderr, done.stderr
 
 
 def test_run_given_twice_joins_the_run_that_goes_on(cloud):
@@ -164,13 +223,9 @@ def test_stop_lets_the_run_save_and_does_not_start_it_again(cloud):
     cloud.codes('wait 0')
     assert cloud(*RUN[:2], '--detach', *RUN[2:]).returncode == 0
     done = cloud('stop', 'pod')
-    assert done.returncode == 0, done.stderr
-    for _ in range(100):
-        said = subprocess.run(['bash', 'launch/worker.sh', 'status'], cwd=cloud.root / 'worker0' / 'bert_jax', text=True, capture_output=True)
-        if said.stdout != 'running\n':
-            break
-        subprocess.run(['sleep', '0.1'])
-    assert said.stdout == 'finished\n'
+    assert done.returncode == 0 and 'a checkpoint is saved' in done.stderr, done.stderr
+    said = subprocess.run(['bash', 'launch/worker.sh', 'status'], cwd=cloud.root / 'worker0' / 'bert_jax', text=True, capture_output=True)
+    assert said.stdout == 'stopped\n'
     assert cloud.python(0).count('bert_jax.pretrain') == 1
 
 
