@@ -2,7 +2,8 @@
 
 A process is told of the others by --coordinator, --num_processes and --process_id, or by JAX_COORDINATOR_ADDRESS,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID; `--coordinator auto` asks the TPU's metadata, Slurm or Open MPI. Process 0 is the
-coordinator, alone prints and writes logs. When a process dies or hangs, the others end within HEARTBEAT_SECONDS.
+coordinator, alone prints and writes logs. When a process or its machine dies, the others end within HEARTBEAT_SECONDS;
+when one lives but does not go on (a disk or a network that hangs), all end within STALL_SECONDS.
 
 Exit codes: 0 finished; 2 something the user can put right; 75 stopped on request (SIGTERM, a preemption notice) with a
 checkpoint saved, or another process is gone: give the same command again.
@@ -32,7 +33,9 @@ from bert_jax.cli import UserError
 
 JOIN_SECONDS = 300       # for all processes to appear
 HEARTBEAT_SECONDS = 60   # a process that is silent for so long is taken for dead
-GONE = re.compile('gloo|heartbeat|coordination|connection|unavailable|socket', re.IGNORECASE)
+STALL_SECONDS = 1800     # between two steps, with the compilation, evaluation and checkpoint there may be between them
+GONE = re.compile('gloo|nccl|heartbeat|coordination|connection|unavailable|socket|aborted|incarnation|deadline|'
+                  'remote process|barrier', re.IGNORECASE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help=f'how long to wait for the others at the start (default: {JOIN_SECONDS})')
     group.add_argument('--heartbeat_seconds', type=int, metavar='S', default=HEARTBEAT_SECONDS,
                        help=f'a process silent for so long is taken for dead (default: {HEARTBEAT_SECONDS})')
+    group.add_argument('--stall_seconds', type=int, metavar='S', default=STALL_SECONDS,
+                       help=f'all end when a step has not come for so long (default: {STALL_SECONDS})')
 
 
 def join(args: argparse.Namespace) -> None:
@@ -61,19 +66,28 @@ def join(args: argparse.Namespace) -> None:
     known = {}
     if args.coordinator != 'auto':
         known = _check_address(args)
-    late = threading.Timer(args.join_seconds, _say_and_exit, (
-        f'Not all processes came together within {args.join_seconds} s (--coordinator {args.coordinator}): is the '
-        'same command running on every host, each with a --process_id of its own?', 2))
+    late = threading.Timer(args.join_seconds, _too_late, (args,))
     late.daemon = True
     late.start()  # JAX itself would abort with a stack of C++
     try:
         jax.distributed.initialize(**known, initialization_timeout=args.join_seconds + 30,
                                    heartbeat_timeout_seconds=args.heartbeat_seconds)
     except (RuntimeError, ValueError) as error:
+        if GONE.search(str(error)):  # the others have not noticed yet that this process had gone
+            _say_and_exit(f'--coordinator {args.coordinator}: {cli.first_line(error)[:200]}. Give the same command '
+                          'again.', cli.RESTART)
         raise UserError(f'--coordinator {args.coordinator}: {cli.first_line(error)}') from error
     late.cancel()
     if jax.process_index():
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 - as long as the process lives
+
+
+def _too_late(args: argparse.Namespace) -> None:
+    from jax._src.distributed import global_state  # what `auto` has found; nothing public says it
+
+    address = getattr(global_state, 'coordinator_address', None) or args.coordinator
+    _say_and_exit(f'Not all processes came together within {args.join_seconds} s (coordinator {address}): is the same '
+                  'command running on every host, each with a --process_id of its own?', 2)
 
 
 def _check_address(args: argparse.Namespace) -> dict[str, str | int]:
@@ -102,6 +116,12 @@ def _wait_for(host: str, port: int, seconds: float) -> None:
                 raise UserError(f'No coordinator answers at {host}:{port} ({error.strerror or error}; tried for '
                                 f'{seconds} s): is process 0 running there, and is the port open?') from error
         time.sleep(0.3)
+
+
+def meet(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def agree(facts: Mapping[str, str]) -> None:
@@ -156,19 +176,54 @@ def stop_notice() -> Callable[[int], bool]:
     return lambda step: bool(told)
 
 
+def watched(batches: Iterator[Any], seconds: float) -> Iterator[Any]:
+    """The same batches; ends the process when the next one is not asked for in time, or does not come.
+
+    A process whose main thread hangs still has a heartbeat, so the others would wait for it without end.
+    """
+    if jax.process_count() == 1:
+        yield from batches
+        return
+    asked, over = [time.monotonic()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(seconds / 10, 10)):
+            if time.monotonic() - asked[0] > seconds:
+                _say_and_exit(f'no step has ended for {seconds:g} s (--stall_seconds): a process hangs, here or '
+                              'elsewhere. Give the same command again on all of them: it resumes.', cli.RESTART)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        for batch in batches:
+            asked[0] = time.monotonic()
+            yield batch
+    finally:
+        over.set()
+
+
+def others_are_gone(error: Exception) -> bool:
+    """Whether an error is that of a broken connection to other processes."""
+    return jax.process_count() > 1 and bool(GONE.search(str(error)))
+
+
 @contextlib.contextmanager
 def exit_when_others_are_gone() -> Iterator[None]:
-    """Turns the error of a broken connection into one line and exit code 75, at once."""
+    """Turns the error of a broken connection into one line and exit code 75, and any UserError into code 2, at once."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-        if jax.process_count() == 1 or not GONE.search(str(error)):
+        if not others_are_gone(error):
             raise
         _say_and_exit(f'another process is gone ({cli.first_line(error)[:200]}). Give the same command again on all '
                       'of them: it resumes.', cli.RESTART)
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        _say_and_exit(' '.join(str(error).split()), 2)
 
 
 def _say_and_exit(message: str, code: int) -> None:
     """At once: the usual way out would wait for the missing."""
+    sys.stdout.flush()
     print(f'error: {message}', file=sys.stderr, flush=True)
     os._exit(code)

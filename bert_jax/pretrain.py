@@ -47,11 +47,13 @@ def main() -> None:
     args, config = cli.parse_with_config(parser)
     distributed.join(args)
     with distributed.exit_when_others_are_gone():
-        pretrain(config, args.workdir)
+        pretrain(config, args.workdir, args.stall_seconds)
 
 
-def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
+def pretrain(config: ConfigDict, path: str, stall_seconds: float = distributed.STALL_SECONDS) -> dict[str, float]:
     """Runs or resumes the pre-training that `config` describes in the workdir `path`; returns its results.
+
+    With many processes, all end when no step has ended for `stall_seconds`.
 
     Raises:
       UserError: a config that cannot run; a workdir of another run; a loss that is not finite.
@@ -59,13 +61,13 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     """
     clock, stop = startup.Startup(), distributed.stop_notice()
     check(config)
-    data = load_store(config)
+    data = load_store(config, path)
     set_vocab_size(config.model, data.tokenizer.vocab_size)
     with config.unlocked():
         config.store_hash = data.info['sha256']  # its path may differ from host to host
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
     example = examples.empty(1, config.phases[0][1], config.mask_rate, config.packed)
-    mesh = partition.make_mesh(config.mesh, train.state_shapes(model, tx, example))
+    mesh = partition.make_mesh(config.mesh, train.state_shapes(model, tx, example), accumulation=config.accumulation)
     check_batches(config, mesh)
     source = load_checkpoint(config, data.tokenizer) if config.init_from else None
     phases = make_phases(config.phases)
@@ -92,7 +94,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     sharding = partition.batch_sharding(mesh)
     placed = batches.placed_ahead(phase_batches(config, phases, streams, start, sharding), sharding)
     train.fit(
-        state, step, placed,
+        state, step, distributed.watched(placed, stall_seconds),
         num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
         save_every=config.save_every, eval_every=config.eval_every, evaluators=evaluators,
         checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases), stop=stop,
@@ -107,6 +109,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
 
 
 RANGES = {'save_every': (1, math.inf), 'eval_every': (1, math.inf), 'eval_examples': (0, math.inf), 'packed': (0, 16),
+          'eval_batch_size': (1, math.inf),
           'mask_rate': (0.001, 1), 'short_rate': (0, 1), 'model.embeddings.dropout_rate': (0, 0.99),
           'model.encoder.dropout_rate': (0, 0.99), 'model.encoder.attention_dropout_rate': (0, 0.99)}
 
@@ -136,7 +139,7 @@ def phase_at(phases: list[Phase], step: int) -> Phase:
     return next((phase for phase in phases if step < phase.stop), phases[-1])
 
 
-def load_store(config: ConfigDict) -> store.Store:
+def load_store(config: ConfigDict, path: str) -> store.Store:
     """The token store; all processes must have the same, and the same config and code."""
     if not config.store:
         raise UserError('--config.store=STORE is missing: the token store made by python -m bert_jax.prepare.')
@@ -144,8 +147,9 @@ def load_store(config: ConfigDict) -> store.Store:
         data, said = store.load(config.store), ''
     except UserError as error:
         data, said = None, str(error)
-    facts = {f'config.{key}': repr(value) for key, value in config.items() if key != 'store'}
-    distributed.agree(facts | {'the code': distributed.code_version(), 'the store': said or data.info['sha256'][:12]})
+    facts = {f'config.{key}': repr(value) for key, value in workdir.flat(config.to_dict()).items() if key != 'store'}
+    distributed.agree(facts | {'the workdir': path, 'the code': distributed.code_version(),
+                               'the store': said or data.info['sha256'][:12]})
     if data is None:
         raise UserError(said)
     return data
@@ -198,7 +202,6 @@ def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Refuses batches that the mesh cannot cut evenly."""
     for _, _, size in config.phases:
         examples.check_batch_size(size, partition.data_devices(mesh), config.accumulation)
-    examples.check_batch_size(config.eval_batch_size, partition.data_devices(mesh), 1)
 
 
 def make_examples(config: ConfigDict, split: store.Split, data: store.Store, seed: int, max_length: int,
@@ -226,14 +229,14 @@ def _make_batch(source: examples.Examples, phase: Phase, rows: np.ndarray, step:
 def make_evaluator(config: ConfigDict, data: store.Store, model: models.Model, mesh: jax.sharding.Mesh,
                    phases: list[Phase]) -> Callable[[int, Any], dict[str, float]]:
     """(step, params) -> held-out metrics at the length of that step's phase, the unigram model's beside them."""
-    loss_step = evaluate.make_loss_step(model, mesh)
+    loss_step, devices = evaluate.make_loss_step(model, mesh), partition.data_devices(mesh)
+    batch_size = -(-config.eval_batch_size // devices) * devices  # what fills up the last batch weighs nothing
 
     @functools.cache
     def held_out(length: int) -> tuple[list[batches.Batch], dict[str, float]]:
         source = make_examples(config, data.held_out, data, examples.EVALUATION_SEED, length)
         count = min(config.eval_examples, source.epoch_size)
-        made = [source.evaluation_batch(number, config.eval_batch_size, count)
-                for number in range(-(-count // config.eval_batch_size))]
+        made = [source.evaluation_batch(number, batch_size, count) for number in range(-(-count // batch_size))]
         return made, unigram_model(data, made)
 
     def evaluator(step: int, params: Any) -> dict[str, float]:

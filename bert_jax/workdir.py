@@ -17,13 +17,13 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from bert_jax import paths
+from bert_jax import distributed, paths
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 
 # Where and how a run is computed, not what: these may change when it goes on.
-MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'model.encoder.unroll', 'model.encoder.remat',
-           'model.encoder.attention')
+MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'eval_batch_size', 'model.encoder.unroll',
+           'model.encoder.remat', 'model.encoder.attention')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tokenizers', 'sentencepiece')
 
 
@@ -31,7 +31,8 @@ def start(path: str, config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> epa
     """Opens a workdir: writes what describes the run, or checks that the run there is this one.
 
     Raises:
-      UserError: the folder holds a run with another config (the keys that differ are named) or tokenizer.
+      UserError: the folder holds a run with another config (the keys that differ are named) or tokenizer; it is
+        another folder on other hosts.
     """
     workdir = epath.Path(path)
     described = describe(config)
@@ -47,6 +48,9 @@ def start(path: str, config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> epa
             'command': sys.argv, 'python': platform.python_version(), 'devices': str(jax.devices()),
             'packages': {name: metadata.version(name) for name in PACKAGES}})
         paths.write_json(workdir / 'config.json', described)
+    distributed.meet('workdir')
+    seen = (workdir / 'config.json').exists()
+    distributed.agree({'the workdir (one folder for all: gs:// or a shared disk)': 'there' if seen else 'empty'})
     return workdir
 
 
@@ -57,8 +61,10 @@ def describe(config: ConfigDict) -> dict[str, Any]:
 
 def must_agree(workdir: epath.Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuses to go on with a run of another config; names the keys that differ."""
-    different = [f'{key} ({there!r} there, {here!r} now)' for key, there, here in _differences(found, wanted)
-                 if key not in MACHINE]
+    there, here = flat(found), flat(wanted)
+    keys = sorted((there.keys() | here.keys()) - set(MACHINE))
+    different = [f'{key} ({there.get(key)!r} there, {here.get(key)!r} now)' for key in keys
+                 if there.get(key) != here.get(key)]
     if different:
         raise UserError(f'{workdir} holds a run of another config; these keys differ: {", ".join(different)}. '
                         'Give the same config to resume it, or another --workdir.')
@@ -72,8 +78,9 @@ def read_config(path: str) -> ConfigDict:
     return ConfigDict(paths.read_json(file))
 
 
-def _differences(found: Any, wanted: Any, prefix: str = '') -> list[tuple[str, Any, Any]]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return [difference for key in sorted(found.keys() | wanted.keys())
-                for difference in _differences(found.get(key), wanted.get(key), f'{prefix}.{key}'.lstrip('.'))]
-    return [] if found == wanted else [(prefix, found, wanted)]
+def flat(described: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """The values of a nested dict by the names that overrides have: 'model.encoder.num_layers'."""
+    found = {}
+    for key, value in described.items():
+        found |= flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}
+    return found

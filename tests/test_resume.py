@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(sto
 
 @pytest.mark.parametrize('override, words', [
     ('phases=((6,600,8),)', ('max_length 600', 'position table', '128')),
-    ('phases=((6,64,7),)', ('batch_size', 'of 7 is not divisible')),
+    ('phases=((6,64,7),)', ('A batch of 7', 'nearest is 8')),
     ('eval_batch_size=0', ('eval_batch_size',)),
     ('optimizer.name=adam', ("Unknown optimizer 'adam'", 'adamw')),
     ('masking=words', ("Unknown masking 'words'", 'whole_word')),
