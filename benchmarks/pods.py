@@ -2,7 +2,8 @@
 
     python benchmarks/pods.py --output runs/pods            # an hour on two cores; needs requirements-tpu.txt
 
-Configs that are there already are not compiled again. A published step is estimated beside them, to judge the estimator by.
+Configs that are there already are not compiled again; the table says of which commit each is. A published step is estimated beside
+them, to judge the estimator by. Ends with code 1 when a config does not compile, or its program is not what it should be.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import runpy
 import subprocess
 import sys
 import textwrap
+
+LONGEST_COMPILATION = 120  # seconds on two cores
 
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLISHED = {  # MLPerf v1.0, BERT-large, 64 TPU v4, about 254 real tokens a sequence: sequences/s a chip
@@ -26,7 +29,8 @@ def main():
     parser.add_argument('--only', default='', help='names with commas between them')
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    found = {}
+    found, failed = {}, []
+    commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip()
     for name, arguments in commands().items():
         file = args.output / f'{name}.json'
         if not file.exists() and (not args.only or name in args.only.split(',')):
@@ -34,12 +38,18 @@ def main():
             done = subprocess.run([sys.executable, '-m', 'bert_jax.compile_check', *arguments, '--output', file], cwd=ROOT, text=True,
                                   capture_output=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
             print(done.stdout + '\n'.join(done.stderr.splitlines()[-2:]), flush=True)
+            if done.returncode:
+                failed.append(f'{name}: {done.stderr.splitlines()[-1]}')
+            else:
+                file.write_text(json.dumps([phase | {'commit': commit} for phase in json.loads(file.read_text())], indent=1) + '\n')
         if file.exists():
             found[name] = json.loads(file.read_text())
     write(ROOT / 'docs' / 'pods.md', table(found))
     write(ROOT / 'configs' / 'pods.py', header(found))
     if PUBLISHED.keys() & found.keys():
         write(ROOT / 'bert_jax' / 'compile_check.py', constant('JUDGED', judged(found)))
+    failed += [f'{name}: {what}' for name, phases in found.items() for what in wrong(phases)]
+    sys.exit('\n'.join(failed) or 0)
 
 
 def commands():
@@ -58,12 +68,14 @@ COLUMNS = {  # of both phases, with a slash between them
     'limited by': lambda p: max(('products', 'memory', 'on chip', 'collectives'), key=lambda part: p['estimate'].get(part, 0)),
     'gradients sent, of the least': lambda p: f'{sent(p):.2f}',
     'compiled in, s': lambda p: f'{p["compile_seconds"]:.0f}',
+    'commit': lambda p: p['commit'],
 }
 
 
 def sent(phase):
-    """Bytes reduced over what the least would be."""
-    return sum(row['bytes'] for row in phase['collectives'] if row['kind'] in ('all-reduce', 'reduce-scatter')) / phase['least_gradient_bytes']
+    """Bytes of gradients reduced over what the least would be."""
+    reduced = sum(row['bytes'] for row in phase['collectives'] if row['kind'] in ('all-reduce', 'reduce-scatter') and row['axes'] != 'tensor')
+    return reduced / phase['least_bytes']['gradients']
 
 
 def table(found):
@@ -71,19 +83,30 @@ def table(found):
     rows = [f'| config | devices | {" | ".join(COLUMNS)} | the whole training |', '|---' * (len(COLUMNS) + 3) + '|']
     for name, phases in found.items():
         if name not in PUBLISHED:
-            count = phases[0]['devices']
+            count, chips = phases[0]['devices'], phases[0]['chips']
             hours = sum(phase['steps'] * phase['estimate']['seconds'] for phase in phases) / 3600
             cells = [' / '.join(make(phase) for phase in phases) for make in COLUMNS.values()]
             rows.append(f'| `{name}` | {count} x {phases[0]["device"]}, {phases[0]["memory"]["available"] / 2**30:.1f} GiB | {" | ".join(cells)} '
-                        f'| {hours:,.1f} h, {hours * count:,.0f} device-hours |')
-    notes = [f'{sum(map(wrong, found.values()))} of {len(found)} programs have a state that is not updated in place, a buffer of all positions times '
-             'the vocabulary, or a float32 product in the trunk.',
+                        f'| {hours:,.1f} h, {hours * chips:,.0f} chip-hours |')
+    faults = [f'`{name}`: {what}' for name, phases in found.items() for what in wrong(phases)]
+    notes = ['Of no program: a state that is not updated in place, gradients of more than 1.05 times the least or reduced in the loop over micro-batches, a buffer '
+             f'of all positions times the vocabulary, a float32 product in the trunk, more than {LONGEST_COMPILATION} s to compile'
+             + (f', but: {"; ".join(faults)}.' if faults else '.'),
              *(['', f'The estimator where the truth is known: {judged(found)}.'] if PUBLISHED.keys() & found.keys() else [])]
     return '\n'.join([*rows, '', *notes])
 
 
 def wrong(phases):
-    return any(not phase['memory']['state_aliased'] or any(phase['findings'].values()) for phase in phases)
+    """What a program should not be, in words."""
+    for phase in phases:
+        at = f'at length {phase["length"]} '
+        if not phase['memory']['state_aliased']:
+            yield at + 'the state is not updated in place'
+        if sent(phase) > 1.05:
+            yield at + f'gradients are {sent(phase):.2f} times the least'
+        if phase['compile_seconds'] > LONGEST_COMPILATION:
+            yield at + f'it compiles in {phase["compile_seconds"]:.0f} s'
+        yield from (at + f'{name}: {", ".join(found)}' for name, found in phase['findings'].items() if found)
 
 
 def judged(found):

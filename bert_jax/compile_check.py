@@ -22,14 +22,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from bert_jax import cli, compiled, flops, hardware, partition, topology
+from bert_jax import cli, compiled, distributed, flops, hardware, partition, pretrain, topology
 from bert_jax.cli import UserError
 from bert_jax.data import masking
+from bert_jax.model import encoders
 
 VOCAB_SIZE = 30522  # where the config leaves it to the tokenizer
 # (written by benchmarks/pods.py)
 JUDGED = 'not held against any step of a real slice yet'
 # (to here)
+REMATS = tuple(encoders.REMAT)  # from what keeps most to what keeps least
 SEARCHED = ('batch', 'fsdp', 'tensor', 'remat', 'unroll', 'accumulation')
 
 
@@ -75,6 +77,7 @@ def check(config: ConfigDict, args: argparse.Namespace) -> list[dict[str, Any]]:
         if args.tokens or args.parameters or args.text:
             raise UserError('--tokens, --parameters and --text are for one setting; with --search leave them out.')
         return search(config, devices, args.search)
+    pretrain.check(config)
     results = []
     for steps, length, batch_size in config.phases:
         try:
@@ -85,6 +88,8 @@ def check(config: ConfigDict, args: argparse.Namespace) -> list[dict[str, Any]]:
         if args.tokens:
             show_cost(result, args.tokens)
         results.append(result | {'steps': steps})
+    if args.tokens and len(results) > 1:
+        show_whole(results, args.tokens)
     return results
 
 
@@ -104,7 +109,7 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
     if text:
         pathlib.Path(text).mkdir(parents=True, exist_ok=True)
         (pathlib.Path(text) / f'{length}.txt').write_text(step.compiled.as_text())
-    known, chips = hardware.of(devices[0]), len(devices)
+    known, count = hardware.of(devices[0]), len(devices)
     estimate = compiled.estimate_step(step.program, known, step.mesh)
     encoder, embeddings = config.model.encoder, config.model.embeddings
     row = length * max(1, config.packed)  # full, with examples of full length: what the program is made for
@@ -114,11 +119,14 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
         predictions=masking.max_predictions(row, config.mask_rate))
     seconds = estimate['seconds']
     return {
-        'device': devices[0].device_kind, 'devices': chips, 'mesh': dict(step.mesh.shape), 'length': row,
+        'device': devices[0].device_kind, 'devices': count, 'chips': count // known.per_chip,
+        'mesh': dict(step.mesh.shape), 'length': row,
         'batch_size': batch_size, 'compile_seconds': step.seconds, 'memory': compiled.memory(step, devices[0]),
-        'model_flops': work, 'program_flops': estimate.pop('flops') * chips, 'estimate': estimate,
-        'sequences_per_second': batch_size / seconds, 'mfu': work / seconds / (known.peak_tflops * 1e12 * chips),
-        'collectives': compiled.collectives(step), 'least_gradient_bytes': compiled.least_gradient_bytes(step),
+        'model_flops': work, 'program_flops': estimate.pop('flops') * count, 'estimate': estimate,
+        'sequences_per_second': batch_size / seconds, 'mfu': work / seconds / (known.peak_tflops * 1e12 * count),
+        'collectives': compiled.collectives(step),
+        'least_bytes': compiled.least_bytes(step, config, row, batch_size),
+        'code': distributed.code_version(),
         'findings': compiled.findings(step, config, row, batch_size),
         'parameters': [list(row) for row in partition.describe(step.state.params, step.mesh)]}
 
@@ -133,19 +141,24 @@ def _too_much(error: Exception) -> str:
 
 
 def _what_fits(config: ConfigDict, devices: list[jax.Device], length: int, batch_size: int) -> str:
-    """The nearest setting that fits, found by compiling: more rematerialisation, then more micro-batches."""
-    tried = [{'remat': remat} for remat in ('dots', 'full')] + [
-        {'remat': 'full', 'accumulation': n} for n in (2, 4, 8, 16)]
+    """The nearest setting that fits, found by compiling, from what costs least to what costs most."""
+    remats = REMATS[REMATS.index(config.model.encoder.remat) + 1:]
+    last = {'remat': REMATS[-1]}
+    tried: list[dict[str, Any]] = [{'remat': remat} for remat in remats]
+    tried += [last | {'accumulation': n * config.accumulation} for n in (2, 4, 8)]
+    tried += [last | {'fsdp': n} for n in (2, 4, 8, 16, 32) if len(devices) % n == 0]
+    tried += [last | {'fsdp': len(devices), 'batch': batch_size // n} for n in (2, 4, 8)
+              if batch_size // n >= len(devices)]
     for setting in tried:
-        changed = _changed(config, setting)
+        print(f'it does not fit; trying {_words(setting)} ...', flush=True)
         try:
-            compiled.compile_step(changed, devices, length, batch_size)
+            compiled.compile_step(_changed(config, setting), devices, length, setting.get('batch', batch_size))
         except (jax.errors.JaxRuntimeError, UserError):
             continue
-        keys = {'remat': '--config.model.encoder.remat', 'accumulation': '--config.accumulation'}
-        return 'This fits: ' + ' '.join(f'{keys[key]}={value}' for key, value in setting.items()) + '.'
-    return ('Neither rematerialisation nor 16 micro-batches make it fit; split the state (--config.mesh, fsdp) or take '
-            'more chips.')
+        keys = {'remat': '--config.model.encoder.remat={}', 'accumulation': '--config.accumulation={}',
+                'fsdp': "'--config.mesh=(-1,{},1)'", 'batch': f'and a batch of {{}} instead of {batch_size:,}'}
+        return 'This fits: ' + ' '.join(keys[key].format(value) for key, value in setting.items()) + '.'
+    return 'Nothing that was tried makes it fit: take more or larger chips.'
 
 
 def _changed(config: ConfigDict, setting: dict[str, Any]) -> ConfigDict:
@@ -182,6 +195,8 @@ def search(config: ConfigDict, devices: list[jax.Device], wanted: list[str]) -> 
         rows.append(found | {'setting': setting})
         print(f'{_words(setting)}: {found["sequences_per_second"]:,.0f} sequences/s, MFU {found["mfu"]:.1%}, '
               f'{found["memory"]["total"] / 2**30:.1f} GiB, compiled in {found["compile_seconds"]:.0f} s', flush=True)
+    if not rows:
+        raise UserError('Not one of these settings compiles.')
     rows.sort(key=lambda row: -row['sequences_per_second'])
     print('\nfastest first:')
     for row in rows:
@@ -210,7 +225,8 @@ def show(result: dict[str, Any], parameters: bool) -> None:
     sizes = ', '.join(f'{name} {used[name] / 2**30:.2f}'
                       for name in ('parameters', 'optimizer', 'batch', 'temporaries', 'code'))
     print(f'  memory a device, GiB: {sizes}; together {used["total"] / 2**30:.2f} of {used["available"] / 2**30:.2f}; '
-          f'the state is {"" if used["state_aliased"] else "NOT wholly "}updated in place')
+          f'{used["activations"] / 2**30:.2f} of activations are kept for the backward pass; the state is '
+          f'{"" if used["state_aliased"] else "NOT wholly "}updated in place')
     print(f'  work a step: {result["model_flops"] / 1e12:,.1f} TFLOP by the formula, '
           f'{result["program_flops"] / 1e12:,.1f} in the program')
     times = ', '.join(f'{name} {parts[name] * 1e3:.1f}'
@@ -218,10 +234,11 @@ def show(result: dict[str, Any], parameters: bool) -> None:
     print(f'  estimated step: {parts["seconds"] * 1e3:.1f} ms ({times}; {parts["random bits"] * 1e3:.1f} of it random '
           f'bits): {result["sequences_per_second"]:,.0f} sequences/s, MFU {result["mfu"]:.1%}')
     print(f'  the estimate where the truth is known: {JUDGED}')
-    for row in result['collectives'][:6]:
+    for row in result['collectives']:
         print(f'  {row["kind"]} over {row["axes"]}: {row["bytes"] / 1e6:,.1f} MB in {row["times"]} calls'
               + (' inside loops' if row['in_loop'] else ''))
-    print(f'  least for the gradients: {result["least_gradient_bytes"] / 1e6:,.1f} MB')
+    least = ', '.join(f'{what} {size / 1e6:,.1f} MB' for what, size in result['least_bytes'].items() if size)
+    print(f'  the least that must be sent: {least or "nothing"}')
     for name, found in result['findings'].items():
         print(f'  {name}: {"; ".join(found) if found else "none"}')
     if parameters:
@@ -232,7 +249,16 @@ def show(result: dict[str, Any], parameters: bool) -> None:
 def show_cost(result: dict[str, Any], tokens: float) -> None:
     """Hours and chip-hours for so many tokens, padding counted as tokens."""
     hours = tokens / (result['sequences_per_second'] * result['length']) / 3600
-    print(f'  {tokens:,.0f} tokens: {hours:,.1f} hours, {hours * result["devices"]:,.0f} chip-hours at this rate')
+    print(f'  {tokens:,.0f} tokens: {hours:,.1f} hours, {hours * result["chips"]:,.0f} chip-hours at this rate')
+
+
+def show_whole(results: list[dict[str, Any]], tokens: float) -> None:
+    """The same for all phases, each with its share of the tokens."""
+    seen = sum(phase['steps'] * phase['batch_size'] * phase['length'] for phase in results)
+    hours = sum(phase['steps'] * phase['estimate']['seconds'] for phase in results) / 3600 * tokens / seen
+    shares = ', '.join(f'{phase["steps"] * phase["batch_size"] * phase["length"] / seen:.0%} of them at length '
+                       f'{phase["length"]}' for phase in results)
+    print(f'{tokens:,.0f} tokens, {shares}: {hours:,.1f} hours, {hours * results[0]["chips"]:,.0f} chip-hours')
 
 
 if __name__ == '__main__':

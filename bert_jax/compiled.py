@@ -2,13 +2,13 @@
 
 import collections
 import dataclasses
-import itertools
 import math
 import re
 import time
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from bert_jax import hardware, hlo, optimizer, partition, train
@@ -19,13 +19,14 @@ from bert_jax.model.embeddings import padded_vocab_size
 
 @dataclasses.dataclass
 class Step:
-    """A compiled training step, and what it was made of."""
+    """A compiled training step, what it was made of, and bytes of activations kept for the backward pass."""
 
     compiled: Any
     program: hlo.Program
     state: train.TrainState
     mesh: jax.sharding.Mesh
     seconds: float
+    kept: int
 
 
 def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, batch_size: int) -> Step:
@@ -39,14 +40,32 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
     whole = examples.empty(batch_size, length, config.mask_rate, config.packed)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in whole.items()}
     state = train.state_shapes(model, tx, examples.empty(1, length, config.mask_rate, config.packed))
-    mesh = partition.make_mesh(config.mesh, state, devices)
+    mesh = partition.make_mesh(config.mesh, state, devices, config.accumulation)
     examples.check_batch_size(batch_size, partition.data_devices(mesh), config.accumulation)
     step = train.make_train_step(model, tx, mesh, config.accumulation, state)
     hyper = train.as_hyper(0.0, models.target_weights(config.model), 0)
     start = time.perf_counter()
     compiled = step.lower(state, batch, hyper).compile()
     seconds = time.perf_counter() - start
-    return Step(compiled, hlo.Program(compiled.as_text()), state, mesh, seconds)
+    return Step(compiled, hlo.Program(compiled.as_text()), state, mesh, seconds, _kept(model, state.params, batch))
+
+
+def _kept(model: models.Model, params: Any, batch: Any) -> int:
+    """Bytes of activations that the forward pass leaves for the backward one, as JAX writes it down, of all rows."""
+    def losses(params: Any, batch: Any) -> Any:
+        rngs = {'dropout': jax.random.key(0)}
+        return {name: terms['loss'].total for name, terms in model.apply(
+            {'params': params}, batch, train=True, rngs=rngs, method='losses').items()}
+
+    backward = jax.eval_shape(lambda params, batch: jax.vjp(lambda p: losses(p, batch), params)[1], params, batch)
+    known = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves((params, batch)))
+    size = 0
+    for x in jax.tree.leaves(backward):  # weights and inputs are there anyway
+        if known[x.shape, x.dtype]:
+            known[x.shape, x.dtype] -= 1
+        elif not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            size += math.prod(x.shape) * x.dtype.itemsize
+    return size
 
 
 def memory(step: Step, device: jax.Device) -> dict[str, float]:
@@ -62,6 +81,7 @@ def memory(step: Step, device: jax.Device) -> dict[str, float]:
     total = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
              + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
     return {'parameters': params, 'optimizer': opt_state, 'batch': stats.argument_size_in_bytes - params - opt_state,
+            'activations': step.kept // partition.data_devices(step.mesh),
             'temporaries': stats.temp_size_in_bytes, 'code': stats.generated_code_size_in_bytes, 'total': total,
             'available': hardware.memory_bytes(device), 'aliased': stats.alias_size_in_bytes,
             'state_aliased': step.program.aliased >= len(jax.tree.leaves(step.state))}
@@ -123,26 +143,30 @@ def _collective(instruction: hlo.Instruction) -> str:
 
 
 def _group(instruction: hlo.Instruction, mesh: jax.sharding.Mesh) -> tuple[str, int]:
-    """(mesh axes, devices) that a collective joins."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.attributes)
+    """(mesh axes, devices) that a collective joins: along which its first group runs."""
+    members = _members(instruction.attributes)
+    if members is None:
+        members = np.arange(mesh.size)
+    places = np.unravel_index(members, tuple(mesh.shape.values()))
+    axes = [axis for axis, place in zip(mesh.shape, places) if len(set(place.tolist())) > 1]
+    return ' x '.join(axes) or 'one device', len(members)
+
+
+def _members(attributes: str) -> np.ndarray | None:
+    """The first group of devices, as numbers in the mesh's order; None for all."""
+    named = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes)
     if named:
         sizes = [int(size) for size in re.findall(r'=(\d+)', named.group(1))]
         chosen = [int(axis) for axis in re.findall(r'axis_(\d+)', named.group(2))]
-        return _axes(mesh, math.prod(sizes[axis] for axis in chosen)), math.prod(sizes[axis] for axis in chosen)
-    grid = re.search(r'replica_groups=\[(\d+),(\d+)\]', instruction.attributes)
-    listed = re.search(r'replica_groups=\{\{([\d,]*)\}', instruction.attributes)
-    size = int(grid.group(2)) if grid else len(listed.group(1).split(',')) if listed else mesh.size
-    return _axes(mesh, size), size
-
-
-def _axes(mesh: jax.sharding.Mesh, size: int) -> str:
-    """The mesh axes whose sizes multiply up to `size`, fewest first."""
-    axes = [axis for axis, extent in mesh.shape.items() if extent > 1]
-    for count in range(1, len(axes) + 1):
-        for some in itertools.combinations(axes, count):
-            if math.prod(mesh.shape[axis] for axis in some) == size:
-                return ' x '.join(some)
-    return f'{size} devices'
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        return ids[tuple(slice(None) if axis in chosen else 0 for axis in range(len(sizes)))].ravel()
+    grid = re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes)
+    if grid:
+        sizes = [int(size) for size in grid.group(3).split(',')]
+        order = [int(axis) for axis in (grid.group(4) or '').split(',') if axis] or range(len(sizes))
+        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()[:int(grid.group(2))]
+    listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', attributes)
+    return np.array([int(one) for one in listed.group(1).split(',')]) if listed else None
 
 
 def _payload(instruction: hlo.Instruction) -> int:
@@ -158,7 +182,7 @@ def _collective_seconds(instruction: hlo.Instruction, kind: str, known: hardware
     axes, size = _group(instruction, mesh)
     if size < 2:
         return 0.0
-    rounds = {'all-reduce': 2.0, 'collective-permute': 1.0}.get(kind, 1.0) * (size - 1) / size
+    rounds = 1.0 if kind == 'collective-permute' else (2.0 if kind == 'all-reduce' else 1.0) * (size - 1) / size
     payload = _payload(instruction) * (size if kind == 'reduce-scatter' else 1)
     rate = hardware.DATA_CENTRE_GB_S if 'slice' in axes else known.link_gb_s
     return rounds * payload / (rate * 1e9)
@@ -185,14 +209,23 @@ def _loops(program: hlo.Program) -> set[str]:
             if i.opcode == 'while'}
 
 
-def least_gradient_bytes(step: Step) -> int:
-    """Of reducing every gradient once: two bytes (bf16) for each parameter that a device holds of `tensor`'s share."""
+def least_bytes(step: Step, config: ConfigDict, length: int, batch_size: int) -> dict[str, int]:
+    """The least that a step must send of what, in bf16.
+
+    Gradients: each once, of the parameters that a device holds of `tensor`'s share. Parameters over `fsdp`: each
+    gathered for the forward and for the backward pass. Activations over `tensor`: four sums of [B, L, D] a layer.
+    """
     shardings = jax.tree.leaves(partition.gathered(step.state.params, step.mesh))
-    return sum(2 * math.prod(s.shard_shape(x.shape)) for x, s in zip(jax.tree.leaves(step.state.params), shardings))
+    params = sum(2 * math.prod(s.shard_shape(x.shape)) for x, s in zip(jax.tree.leaves(step.state.params), shardings))
+    rows = batch_size // partition.data_devices(step.mesh)
+    activations = 4 * config.model.encoder.num_layers * rows * length * config.model.embeddings.hidden_size * 2
+    return {'gradients': params if partition.data_devices(step.mesh) > 1 else 0,
+            'parameters over fsdp': 2 * params if step.mesh.shape['fsdp'] > 1 else 0,
+            'activations over tensor': activations if step.mesh.shape['tensor'] > 1 else 0}
 
 
 def findings(step: Step, config: ConfigDict, length: int, batch_size: int) -> dict[str, list[str]]:
-    """What should not be there: a [B, L, V] buffer, float32 products in the trunk."""
+    """What should not be there: a [B, L, V] buffer, float32 products in the trunk, gradients reduced too often."""
     rows = batch_size // partition.data_devices(step.mesh) // config.accumulation
     vocab = padded_vocab_size(config.model.embeddings.vocab_size) // step.mesh.shape['tensor']
     whole, float32 = set(), set()
@@ -205,5 +238,8 @@ def findings(step: Step, config: ConfigDict, length: int, batch_size: int) -> di
                 inputs = step.program.inputs(computation, instruction)
                 if config.model.dtype == 'bfloat16' and all(array.dtype == 'f32' for array in inputs):
                     float32.add(instruction.path)
+    often = [f'{row["kind"]} over {row["axes"]}, {row["bytes"] / 1e6:,.1f} MB' for row in collectives(step)
+             if config.accumulation > 1 and row['in_loop'] and row['axes'] != 'tensor'
+             and row['kind'] in ('all-reduce', 'reduce-scatter')]
     return {'buffers of all positions times the vocabulary': sorted(whole),
-            'float32 products in the trunk': sorted(float32)}
+            'float32 products in the trunk': sorted(float32), 'reductions in the loop over micro-batches': often}

@@ -15,6 +15,7 @@ class Device:
       memory_tb_s: its bandwidth, 1e12 bytes/s.
       link_gb_s: between neighbours, all links together, one direction, 1e9 bytes/s.
       clock_ghz: 1e9 cycles/s; 0 where the compiler gives none.
+      per_chip: devices of a chip.
     """
 
     peak_tflops: float
@@ -22,11 +23,12 @@ class Device:
     memory_tb_s: float
     link_gb_s: float
     clock_ghz: float = 0
+    per_chip: int = 1
 
 
 DEVICES = {  # the longest name that a device's kind begins with
-    'TPU v2': Device(22.5, 8, 0.35, 125, 0.7),
-    'TPU v3': Device(61.5, 16, 0.45, 140, 0.94),
+    'TPU v2': Device(22.5, 8, 0.35, 125, 0.7, 2),
+    'TPU v3': Device(61.5, 16, 0.45, 140, 0.94, 2),
     'TPU v4': Device(275, 30.75, 1.2, 300, 1.05),
     'TPU v5 lite': Device(197, 15.75, 0.81, 200, 1.5),
     'TPU v5e': Device(197, 15.75, 0.81, 200, 1.5),
@@ -47,9 +49,10 @@ def of(device: jax.Device) -> Device | None:
 
 
 def memory_bytes(device: jax.Device) -> float | None:
-    """What a program may use of a device's memory; None on a CPU."""
+    """What a program may use of a device's memory, as the device itself says if it is there; None on a CPU."""
+    try:
+        stats = device.memory_stats() or {}
+    except (jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):  # a device of a slice that is not there
+        stats = {}
     known = of(device)
-    if known is not None:
-        return known.memory_gib * 2**30
-    stats = device.memory_stats() if device.platform != 'cpu' else None
-    return stats['bytes_limit'] if stats else None
+    return stats.get('bytes_limit') or (known.memory_gib * 2**30 if known else None)

@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bert_jax import hardware
+from bert_jax import cli, hardware
 from bert_jax.cli import UserError
 
 AXES = ('slice', 'data', 'fsdp', 'tensor')
@@ -35,7 +35,8 @@ TENSOR_RULES = (  # parameters: path -> the dimension that `tensor` splits, from
 )
 
 
-def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.Device] = ()) -> Mesh:
+def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.Device] = (), accumulation: int = 1
+              ) -> Mesh:
     """The mesh over all devices.
 
     Args:
@@ -43,14 +44,16 @@ def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.D
         which the state fits, 1 if possible, and the rest `data`.
       state: a TrainState, or its shapes; for ().
       devices: default: JAX's own.
+      accumulation: micro-batches, while which each device has parameters and gradients whole; for ().
 
     Raises:
       UserError: sizes that do not multiply up to the devices.
     """
-    slices: dict[int, list[jax.Device]] = {}
-    for device in devices or jax.devices():
-        slices.setdefault(getattr(device, 'slice_index', None) or 0, []).append(device)
-    count, found = len(slices[0]), list(shape) or automatic_shape(state, slices[0])
+    devices, slices = devices or jax.devices(), {}
+    for device in devices:
+        number = getattr(device, 'slice_index', None) if device.platform == 'tpu' else 0  # elsewhere a host is a slice
+        slices.setdefault(number or 0, []).append(device)
+    count, found = len(slices[0]), list(shape) or automatic_shape(state, slices[0], accumulation)
     if len(found) != len(AXES) - 1:
         raise UserError(f'mesh {tuple(shape)}: three sizes are expected, for {", ".join(AXES[1:])}.')
     if found.count(-1) == 1 and 0 not in found:
@@ -58,17 +61,25 @@ def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.D
     if math.prod(found) != count or min(found) < 1:
         raise UserError(f'mesh {dict(zip(AXES[1:], found))} needs {math.prod(found)} devices, there are {count}'
                         f'{" in each slice" * (len(slices) > 1)}; one size may be -1 for all that is left.')
-    grids = [mesh_utils.create_device_mesh(found, members) for _, members in sorted(slices.items())]
+    try:
+        grids = [mesh_utils.create_device_mesh(found, members, allow_split_physical_axes=True)
+                 for _, members in sorted(slices.items())]
+    except (NotImplementedError, ValueError, AssertionError) as error:
+        raise UserError(f'mesh {dict(zip(AXES[1:], found))} does not fit the wiring of {devices[0].device_kind}: '
+                        f'{cli.first_line(error)}') from error
     return Mesh(np.stack(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def automatic_shape(state: Any, devices: Sequence[jax.Device]) -> list[int]:
+def automatic_shape(state: Any, devices: Sequence[jax.Device], accumulation: int = 1) -> list[int]:
     """Data-parallel, or with the smallest `fsdp` that leaves most of the memory to the rest of the step."""
     memory = hardware.memory_bytes(devices[0])
     if state is None or memory is None:
         return [-1, 1, 1]
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((state, state.params)))  # and gradients
-    enough = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and size / n <= STATE_SHARE * memory]
+    held, params = (sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+                    for tree in (state, state.params))
+    split, whole = (held + params, 0) if accumulation == 1 else (held, 2 * params)  # the gradients are as large
+    enough = [n for n in range(1, len(devices) + 1)
+              if len(devices) % n == 0 and split / n + whole <= STATE_SHARE * memory]
     return [-1, enough[0] if enough else len(devices), 1]
 
 

@@ -10,10 +10,10 @@ import jax
 from bert_jax import cli
 from bert_jax.cli import UserError, unknown
 
-FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-CUBIC = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '8x8x8', '8x8x16', '16x16x16')
-SQUARE = ('2x2', '4x4', '4x8', '8x8', '16x16')
-LAYOUTS = {'v2': SQUARE, 'v3': (*SQUARE, '32x32'), 'v4': CUBIC, 'v5e': FLAT, 'v5p': CUBIC, 'v6e': FLAT}
+FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+CUBIC = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16', '8x16x16', '16x16x16')
+SQUARE = ('2x2', '4x4', '4x8', '8x8', '8x16', '16x16')
+LAYOUTS = {'v2': SQUARE, 'v3': (*SQUARE, '16x32', '32x32'), 'v4': CUBIC, 'v5e': FLAT, 'v5p': CUBIC, 'v6e': FLAT}
 BY_CHIP = ('v5e', 'v6e')  # slices named by chips; the others by cores, two a chip
 
 
@@ -31,8 +31,10 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
     """The devices of a slice that need not exist.
 
     Raises:
-      UserError: an unknown name; libtpu is missing, or in use by another process.
+      UserError: an unknown name, fewer than one slice; libtpu is missing, or in use by another process.
     """
+    if slices < 1:
+        raise UserError(f'--slices {slices}: one or more is expected.')
     known = names()
     layout = known.get(name.lower().replace('litepod', 'e').replace('v5lite', 'v5e'), name)
     if layout not in known.values():

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import models
 import pytest
 from conftest import expect_error, run_module
+from ml_collections import ConfigDict
 
-from bert_jax import flops, hardware, hlo, topology
+from bert_jax import compiled as check
+from bert_jax import flops, hardware, hlo, partition, topology
 from bert_jax.cli import UserError
 
 LIBTPU = importlib.util.find_spec('libtpu') is not None
@@ -77,6 +79,65 @@ def test_what_the_tpu_compiler_writes():
     assert program.memory_bytes('main', fusion) == 32 * 12 * 128 * 64 * 2 + 32 * 12 * 128 * 128 * 4
     assert fusion.attribute(r'"estimated_cycles":"(\d+)"') == '1832'
     assert [i.free for _, i, _ in program.walk() if i.opcode == 'custom-call'] == [True, False]
+
+
+BAD_TEXT = """HloModule m, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[10,10])) -> (s32[], f32[10,10]) {
+  %p = (s32[], f32[10,10]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %g = f32[10,10] get-tuple-element(%p), index=1
+  %r = f32[10,10] all-reduce(%g), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %t = (s32[], f32[10,10]) tuple(%i, %r)
+}
+
+%condition (p: (s32[], f32[10,10])) -> pred[] {
+  %p = (s32[], f32[10,10]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(3)
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8,16], w: f32[16,16]) -> f32[8,16] {
+  %x = f32[8,16] parameter(0)
+  %w = f32[16,16] parameter(1)
+  %d = f32[8,16] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/encoder/mlp/dot_general"}
+  %logits = bf16[4,16,64] custom-call(%d), custom_call_target="x", metadata={op_name="jit(f)/mlm"}
+  %start = (s32[], f32[10,10]) custom-call(%d), custom_call_target="y"
+  %loop = (s32[], f32[10,10]) while(%start), condition=%condition, body=%body
+  ROOT %q = f32[8,16] all-gather(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
+"""
+MESH = jax.sharding.AbstractMesh((1, 4, 1, 2), partition.AXES)
+
+
+@pytest.mark.parametrize('accumulation, expected', [(1, 2), (2, 3)])
+def test_what_should_not_be_in_a_program_is_found(accumulation, expected):
+    config = ConfigDict({'model': models.config('model.dtype=bfloat16', 'model.embeddings.vocab_size=128'), 'accumulation': accumulation})
+    step = check.Step(None, hlo.Program(BAD_TEXT), None, MESH, 0.0, 0)
+    found = check.findings(step, config, 16, 16 * accumulation)
+    assert [len(what) for what in found.values()] == [1, 1, expected - 2], found
+    assert 'mlm' in found['buffers of all positions times the vocabulary'][0] and 'encoder/mlp' in found['float32 products in the trunk'][0]
+    assert check.collectives(step) == [{'kind': 'all-reduce', 'axes': 'data', 'in_loop': True, 'bytes': 3 * 400, 'times': 3},
+                                       {'kind': 'all-gather', 'axes': 'tensor', 'in_loop': False, 'bytes': 512, 'times': 1}]
+
+
+@pytest.mark.parametrize('text, axes, size', [
+    ('replica_groups={{0,1},{2,3},{4,5}}', 'tensor', 2), ('replica_groups=[4,4]<=[2,4,2]T(0,2,1)', 'data', 4),
+    ('replica_groups=[2,8]<=[8,2]T(1,0)', 'slice x data', 8), ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", 'tensor', 2),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=2] {'axis_0'}", 'slice', 2), ('source_target_pairs={{0,8},{8,0}}', 'slice', 2),
+    ('replica_groups={{0,8},{1,9}}', 'slice', 2), ('channel_id=3', 'slice x data x tensor', 16)])
+def test_along_which_axes_a_collective_runs(text, axes, size):
+    """Two slices and tensor = 2: what the group's size alone cannot tell apart."""
+    mesh = jax.sharding.AbstractMesh((2, 4, 1, 2), partition.AXES)
+    instruction = hlo.Instruction('a', (), 'all-reduce', (), f', {text}')
+    assert check._group(instruction, mesh) == (axes, size)
 
 
 def test_names_of_slices():

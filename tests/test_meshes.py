@@ -96,11 +96,11 @@ def test_a_rule_that_matches_nothing_is_an_error(monkeypatch):
 class FakeDevice:
     """What a mesh asks of a device."""
 
-    platform, process_index = 'tpu', 0
+    process_index = core_on_chip = 0
 
-    def __init__(self, number, slice_index, kind='TPU v5 lite'):
-        self.id, self.slice_index, self.device_kind = number, slice_index, kind
-        self.coords, self.core_on_chip = (number % 4, number // 4 % 2, 0), 0
+    def __init__(self, number, slice_index=0, kind='TPU v5 lite', layout=(4, 2, 1), platform='tpu'):
+        self.id, self.slice_index, self.device_kind, self.platform = number, slice_index, kind, platform
+        self.coords = tuple(map(int, np.unravel_index(number % np.prod(layout), layout, order='F')))
 
 
 def test_slices_are_the_outermost_axis_and_fsdp_comes_when_the_state_does_not_fit():
@@ -109,9 +109,29 @@ def test_slices_are_the_outermost_axis_and_fsdp_comes_when_the_state_does_not_fi
     assert partition.automatic_shape(state(10**6), devices[:8]) == [-1, 1, 1]
     assert partition.automatic_shape(state(3 * 10**9), devices[:8]) == [-1, 4, 1]  # 24 GB of parameters and gradients
     assert partition.automatic_shape(state(10**12), devices[:8]) == [-1, 8, 1]
+    assert partition.automatic_shape(state(10**9), devices[:8]) == [-1, 1, 1]  # 8 GB
+    assert partition.automatic_shape(state(10**9), devices[:8], accumulation=2) == [-1, 2, 1]  # 8 GB whole, and 4 GB split
     mesh = partition.make_mesh((-1, 2, 2), devices=devices)
     assert dict(mesh.shape) == {'slice': 2, 'data': 2, 'fsdp': 2, 'tensor': 2}
     assert [{d.slice_index for d in part.ravel()} for part in mesh.devices] == [{0}, {1}]
+
+
+@pytest.mark.parametrize('kind, layout', [('TPU v5 lite', (4, 4, 1)), ('TPU v5 lite', (8, 8, 1)), ('TPU v6 lite', (16, 16, 1)),
+                                          ('TPU v4', (2, 4, 4)), ('TPU v4', (4, 4, 4))])
+def test_every_division_of_a_slice_is_a_mesh(kind, layout):
+    """Also those whose axes are no product of whole physical ones."""
+    count = int(np.prod(layout))
+    devices = [FakeDevice(number, kind=kind, layout=layout) for number in range(count)]
+    for fsdp in (n for n in range(1, count + 1) if count % n == 0):
+        mesh = partition.make_mesh((-1, fsdp, 1), devices=devices)
+        assert dict(mesh.shape) == {'slice': 1, 'data': count // fsdp, 'fsdp': fsdp, 'tensor': 1}
+        assert len({device.id for device in mesh.devices.ravel()}) == count
+
+
+def test_hosts_of_gpus_are_no_slices():
+    """XLA gives the devices of each host a slice_index of their own."""
+    devices = [FakeDevice(number, slice_index=number // 8, kind='NVIDIA H100 80GB HBM3', platform='gpu') for number in range(32)]
+    assert dict(partition.make_mesh((8, 4, 1), devices=devices).shape) == {'slice': 1, 'data': 8, 'fsdp': 4, 'tensor': 1}
 
 
 def test_make_mesh_says_what_does_not_fit():
