@@ -2,9 +2,9 @@
 
     python benchmarks/finetune.py --folder "$DATA/SST-2" --vocab vocab.txt
 
-Each side runs in a process of its own, two cores, fp32, batch 32, from the same random weights: ours with its static
-lengths; Hugging Face `Trainer` with dynamic padding and length grouping; `Trainer` with everything padded to 128. Timed is
-the epoch from its first batch to its last update, with all compilation in it; loading and tokenizing are not.
+Each side runs in a process of its own, two cores, fp32, batch 32, from the same random weights, in turn, each time with another
+seed: ours with its static lengths; Hugging Face `Trainer` with dynamic padding and length grouping; `Trainer` with everything padded
+to 128. Timed is the epoch from its first batch to its last update, with all compilation in it; loading and tokenizing are not.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def main():
     parser.add_argument('--sides', default=','.join(SIDES))
     parser.add_argument('--side', help=argparse.SUPPRESS)
     parser.add_argument('--work', help=argparse.SUPPRESS)
+    parser.add_argument('--seed', type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -43,16 +44,17 @@ def main():
         for number in range(args.repeats):
             for side in found:
                 with tempfile.TemporaryDirectory() as cache:  # nothing is compiled before
-                    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--side', side, '--work', work], text=True,
-                                          stdout=subprocess.PIPE, check=True,
+                    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--side', side, '--work', work, '--seed', str(number)],
+                                          text=True, stdout=subprocess.PIPE, check=True,
                                           env=os.environ | {'JAX_COMPILATION_CACHE_DIR': cache, 'PYTHONPATH': str(ROOT)})
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
                 print(number, side, found[side][-1], flush=True)
     medians = {side: statistics.median(one['rate'] for one in runs) for side, runs in found.items()}
     for side, runs in found.items():
-        rates = [one['rate'] for one in runs]
+        rates, accuracies = ([one[name] for one in runs] for name in ('rate', 'accuracy'))
         print(f'{side:<16}{medians[side]:8.2f} examples/s ({min(rates):.2f}-{max(rates):.2f}, n = {len(rates)}), dev accuracy '
-              f'{statistics.mean(one["accuracy"] for one in runs):.3f}; ours is {medians["ours"] / medians[side]:.2f} times as fast')
+              f'{statistics.mean(accuracies):.3f} ± {statistics.stdev(accuracies):.3f}; '
+              f'ours is {medians["ours"] / medians[side]:.2f} times as fast')
 
 
 def prepare(args, work):
@@ -76,7 +78,8 @@ def ours(args):
     from bert_jax import cli, finetune, train
 
     config = cli.load_config(str(ROOT / 'configs/finetune.py') + ':sst2', [
-        f'--config.init_from={args.work}/model', f'--config.task.folder={args.work}', '--config.epochs=1.0', '--config.log_every=1000'])
+        f'--config.init_from={args.work}/model', f'--config.task.folder={args.work}', '--config.epochs=1.0', '--config.log_every=1000',
+        f'--config.seed={args.seed}'])
     seconds, fit = [], train.fit
 
     def timed(state, step, batches, **kwargs):
@@ -124,7 +127,7 @@ def trainer(args):
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder, num_train_epochs=1, per_device_train_batch_size=32, per_device_eval_batch_size=32, learning_rate=5e-5, warmup_steps=0.1,
-            weight_decay=0.01, use_cpu=True, report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True,
+            weight_decay=0.01, seed=args.seed, use_cpu=True, report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True,
             train_sampling_strategy='random' if padded else 'group_by_length')
         peer = transformers.Trainer(model, arguments, train_dataset=train_rows, eval_dataset=dev_rows,
                                     data_collator=transformers.DataCollatorWithPadding(tokenizer),

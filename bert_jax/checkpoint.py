@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from bert_jax import paths
+from bert_jax import distributed, paths
 from bert_jax.cli import UserError, last_line
 
 OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack or have besides
@@ -68,7 +68,7 @@ class Checkpoints:
         folder = self._folder / f'{step:08d}'
         if jax.process_index() == 0 and folder.exists():  # left unfinished, or damaged, by an earlier run
             folder.rmtree()
-        _meet(f'save {step}')
+        distributed.meet(f'save {step}')
         rest = {'step': state.step, 'opt_state': state.opt_state}
         if self._orbax is None:
             _quiet_failures()
@@ -77,6 +77,8 @@ class Checkpoints:
             self._orbax.save(folder, args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest)))
         except (OSError, ValueError, RuntimeError) as error:
+            if distributed.others_are_gone(error):
+                raise
             raise self._failed(folder, error) from error
         self._saving = self._finisher.submit(self._finish, folder, step, dict(scores or {}))
 
@@ -89,8 +91,10 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # tensorstore and orbax raise many kinds
+                if distributed.others_are_gone(error):
+                    raise
                 raise self._failed(self._folder, error) from error
-            _meet('saved')  # the first process has written the manifest
+            distributed.meet('saved')  # the first process has written the manifest
 
     def _finish(self, folder: epath.Path, step: int, scores: dict[str, float]) -> None:
         self._orbax.wait_until_finished()
@@ -192,12 +196,6 @@ class Checkpoints:
             warnings.simplefilter('ignore')  # "no sharding given": one device is what is meant then
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
             return reader.restore(self._folder / f'{step:08d}', args=args)[item]
-
-
-def _meet(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def write_params(folder: epath.PathLike, params: Any, scores: dict[str, float]) -> None:

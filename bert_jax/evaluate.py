@@ -56,9 +56,9 @@ def predict(apply: Callable[[Batch], tuple[dict[str, Any], dict[str, Any]]], dat
     for numbers, batch in data.evaluation_batches(batch_size):
         outputs, terms = jax.device_get(apply(batch))
         losses.append({'loss': terms[target]['loss']} if terms else {})
-        order.append(numbers)
+        order.append(numbers[numbers >= 0])
         for name, values in outputs[target].items():
-            values = values[:len(numbers)]
+            values = [values[place] for place in np.flatnonzero(numbers >= 0)]
             if per_token:
                 values = [row[:size] for row, size in zip(values, data.longest[numbers])]
             parts.setdefault(name, []).extend(values)

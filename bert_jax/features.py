@@ -63,7 +63,7 @@ def write(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.part_size < 1:
         raise UserError('--batch_size and --part_size: one or more is expected.')
     extract = Extractor(args.source, args.layers.split(','), args.pool, args.max_length)
-    rows = [predict.parsed(texts, 'features', value) for value in predict.read_inputs(args.input)]
+    rows = [predict.parsed(texts, 'features', value, where) for where, value in predict.read_inputs(args.input)]
     if not rows:
         raise UserError(f'{args.input}: no texts in it.')
     folder = paths.check_local(args.output, '--output')
@@ -84,6 +84,8 @@ def write(args: argparse.Namespace) -> None:
                     raise store.disk_error(folder, error) from error
             bar.update(len(some))
     print(f'{args.output}: {", ".join(extract.layers)} of {len(rows):,} texts.')
+    if extract.truncated:
+        print(f'note: {extract.truncated:,} of the texts written now were cut to {extract.max_length} tokens.')
 
 
 def _check_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
@@ -106,6 +108,8 @@ class Extractor:
     Attributes:
       layers: their names.
       tokenizer: the model's.
+      max_length: tokens of a text.
+      truncated: texts so far that were longer.
     """
 
     def __init__(self, source: str, layers: list[str], pool: str, max_length: int) -> None:
@@ -113,7 +117,8 @@ class Extractor:
         positions, count = model.model.embeddings.max_length, model.model.encoder.num_layers
         if max_length and not encoded.SHORTEST <= max_length <= positions:
             raise UserError(f'--max_length {max_length}: {encoded.SHORTEST} to {positions}, the positions of {source}.')
-        self.layers, self.tokenizer, self._max_length = layers, model.tokenizer, max_length or positions
+        self.layers, self.tokenizer, self.max_length = layers, model.tokenizer, max_length or positions
+        self.truncated = 0
         combine = {name: _layer(name, count) for name in layers}
         config = model.model.copy_and_resolve_references()
         config.encoder.layer_outputs, config.targets = ('hidden',), {}
@@ -131,8 +136,9 @@ class Extractor:
 
     def __call__(self, rows: list[texts.Row], batch_size: int) -> list[dict[str, np.ndarray]]:
         """{'ids': [tokens], layer: [tokens, W] or [W]} of each text."""
-        data = texts.encode(Task('classification', {}), rows, self.tokenizer, self._max_length,
-                            predict.lengths(self._max_length))
+        data = texts.encode(Task('classification', {}), rows, self.tokenizer, self.max_length,
+                            predict.lengths(self.max_length))
+        self.truncated += data.truncated
         found: list[Any] = [None] * len(rows)
         for numbers, batch in data.evaluation_batches(min(batch_size, len(rows))):
             made = jax.device_get(self._run(self._params, batch))

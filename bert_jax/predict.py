@@ -70,7 +70,7 @@ class Predictor:
         threshold = source.about.get('scores', {}).get('dev/null_threshold', 0.0)
         self._settings = SPANS | {key: value for key, value in task.items() if key in SPANS}
         self._settings |= {'null_threshold': threshold, 'document_context': False}
-        self._apply = self._jitted()
+        self._apply, self._module = self._jitted(), tasks.KINDS[self.kind].module if self.target in KINDS else texts
 
     def __call__(self, inputs: Input | Sequence[Input], top_k: int = 5, batch_size: int = 32) -> Any:
         """Predictions for one input (see the module's table), or a list of them for a list.
@@ -78,7 +78,8 @@ class Predictor:
         fill_mask: {'text', 'masks': [[{'token', 'score'}, ...top_k] for each [MASK]]}.
         classification: {'text', 'label', 'scores': {label: probability}}; multilabel: 'labels' instead of 'label';
         regression: {'text', 'value'}.
-        tagging: {'words', 'tags', 'entities': [{'type', 'begin', 'end', 'text'}]}, positions in words.
+        tagging: {'words', 'tags', 'scores', 'entities': [{'type', 'begin', 'end', 'text', 'score'}]}, positions in
+        words.
         span: {'question', 'text', 'begin', 'end', 'null_odds', 'nbest'}, positions in characters of the passage.
         choice: {'context', 'choices', 'choice', 'text', 'scores'}.
 
@@ -91,8 +92,7 @@ class Predictor:
             return []
         if batch_size < 1:
             raise UserError(f'batch_size {batch_size}: one or more is expected.')
-        module = texts if self.kind == 'fill_mask' else tasks.KINDS[self.kind].module
-        rows = [parsed(module, self.kind, value) for value in inputs]
+        module, rows = self._module, [self.parse(value) for value in inputs]
         batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())
         if self.kind == 'fill_mask':
             return self._fill_masks(rows, top_k, batch_size)
@@ -106,6 +106,18 @@ class Predictor:
         found = module.decode(task, rows, data, outputs)
         return [module.describe(row) | one for row, one in zip(rows, found)]
 
+    def parse(self, value: Input, where: str = '') -> Any:
+        """The kind's example made of one input.
+
+        Raises:
+          UserError: an input of another shape; `where` is its file and line, if it has one.
+        """
+        row = parsed(self._module, self.kind, value, where)
+        if self.kind == 'fill_mask' and MASK not in row.text + (row.pair or ''):
+            raise UserError(f'{_at(where)}no {MASK} in {row.text[:80]!r}; a pre-trained model fills {MASK}s '
+                            '(fine-tune it to classify).')
+        return row
+
     @functools.cache  # noqa: B019 - lives as long as the process
     def _jitted(self, num_choices: int = 0) -> Callable:
         config = self._config.copy_and_resolve_references()
@@ -115,10 +127,6 @@ class Predictor:
         return jax.jit(lambda params, batch: model.apply({'params': params}, batch, train=False))
 
     def _fill_masks(self, rows: list[texts.Row], top_k: int, batch_size: int) -> list[dict[str, Any]]:
-        for row in rows:
-            if MASK not in row.text + (row.pair or ''):
-                raise UserError(f'No {MASK} in {row.text[:80]!r}; a pre-trained model fills {MASK}s '
-                                '(fine-tune it to classify).')
         task = Task('classification', {})
         data = texts.encode(task, rows, _WithMasks(self._tokenizer), self._max_length, lengths(self._max_length))
         results: list[Any] = [None] * len(rows)
@@ -161,13 +169,17 @@ def lengths(max_length: int) -> tuple[int, ...]:
     return (*(length for length in LENGTHS if length < max_length), max_length)
 
 
-def parsed(module: Any, kind: str, value: Input) -> Any:
+def parsed(module: Any, kind: str, value: Input, where: str) -> Any:
     """A kind's example made of one input, or an error that names it."""
     try:
         return module.parse(value)
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f'{str(value)[:80]!r} is not what a model for {kind} takes; see python -m bert_jax.predict '
-                        '--help.') from error
+        raise UserError(f'{_at(where)}{str(value)[:80]!r} is not what a model for {kind} takes; see '
+                        'python -m bert_jax.predict --help.') from error
+
+
+def _at(where: str) -> str:
+    return f'{where}: ' if where else ''
 
 
 def load(path: str) -> Predictor:
@@ -191,24 +203,28 @@ def main() -> None:
     parser.add_argument('--batch_size', type=int, default=32, metavar='B')
     parser.add_argument('--json', action='store_true', help='print JSON lines')
     args = parser.parse_args()
-    inputs = [_parts(text) for text in args.texts] + (list(read_inputs(args.input)) if args.input else [])
-    if not inputs:
+    read = [('', _parts(text)) for text in args.texts] + (list(read_inputs(args.input)) if args.input else [])
+    if not read:
         raise UserError('No text: give some as arguments, or --input FILE (- for standard input).')
     model = load(args.workdir or args.init_from)
+    for where, value in read:
+        model.parse(value, where)
+    inputs = [value for _, value in read]
     show: Callable = (lambda result: json.dumps(result, ensure_ascii=False)) if args.json else _plain
     for start in range(0, len(inputs), 32 * args.batch_size):
         for result in model(inputs[start:start + 32 * args.batch_size], args.top_k, args.batch_size):
             print(show(result), flush=True)
 
 
-def read_inputs(name: str) -> Iterator[Input]:
-    """The inputs in a file: JSON lines, or lines with tabs between their parts; - is standard input."""
+def read_inputs(name: str) -> Iterator[tuple[str, Input]]:
+    """(file:line, input) of a file: JSON lines, or lines with tabs between their parts; - is standard input."""
     if name.endswith('.jsonl'):
-        yield from (record for _, record in tables.read_table(name))
+        yield from tables.read_table(name)
         return
     try:
         with contextlib.nullcontext(sys.stdin) if name == '-' else open(name, encoding='utf-8') as lines:
-            yield from (_parts(line.rstrip('\n')) for line in lines if line.strip())
+            yield from ((f'{name}:{number}', _parts(line.rstrip('\n'))) for number, line in enumerate(lines, 1)
+                        if line.strip())
     except OSError as error:
         raise UserError(f'{name}: {error.strerror}.') from error
     except UnicodeDecodeError as error:

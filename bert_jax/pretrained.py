@@ -43,11 +43,15 @@ def load(path: str) -> Pretrained:
 def _load_workdir(path: str) -> Pretrained:
     config = workdir.read_config(path)
     config.model.encoder.attention = 'auto'  # the kernel is a matter of the machine, not of the model
+    tokenizer, entries = tokenizers.load(path), config.model.embeddings.vocab_size
+    if tokenizer.vocab_size != entries:
+        raise UserError(f'{path}: its tokenizer has {tokenizer.vocab_size} entries, but its embedding table {entries} '
+                        '(vocab_size in config.json).')
     params, step, scores = checkpoint.load_params(path, best=_best(path))
     labels = epath.Path(path) / 'labels.json'
     about = {'source': config.get('source', f'a bert_jax workdir, {epath.Path(path).name}'), 'step': step,
              'scores': scores, 'config': config.to_dict()}
-    return Pretrained(config.model, params, tokenizers.load(path),
+    return Pretrained(config.model, params, tokenizer,
                       tuple(paths.read_json(labels)) if labels.exists() else (), about)
 
 

@@ -1,7 +1,7 @@
 """Several fine-tuning runs in one process: the paper's grid, restarts, several checkpoints.
 
-    workdir/runs/NAME/     each run, a workdir of its own
-    workdir/sweep.json     every run's settings and scores, the chosen one
+    workdir/runs/NAME/     each run, a workdir of its own; its settings and scores in run.json
+    workdir/sweep.json     every run's scores, their mean and spread, the chosen one and the score that chose it
     workdir/sweep.tsv      the same as a table; sweep.png: the dev score over steps
 """
 
@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from bert_jax import paths, plots, workdir
 from bert_jax.cli import UserError
 
+SUMMARY = {'mean': statistics.mean, 'standard_deviation': statistics.stdev, 'median': statistics.median, 'lowest': min,
+           'highest': max}
 SHORT = {'batch_size': 'batch', 'peak': 'lr', 'epochs': 'epochs', 'seed': 'seed'}
 
 
@@ -76,16 +78,24 @@ def run_all(config: ConfigDict, path: str, runs: list[tuple[str, ConfigDict]], m
     score = next(iter(results.values()))['chosen_by']
     chosen = max(results, key=lambda name: results[name][score])
     values = [found[score] for found in results.values()]
-    summary = {'score': score, 'chosen': chosen, 'mean': statistics.mean(values), 'median': statistics.median(values),
-               'standard_deviation': statistics.stdev(values), 'lowest': min(values), 'highest': max(values)}
+    summary = {'score': score, 'chosen': chosen} | {name: of(values) for name, of in SUMMARY.items()}
     paths.write_json(folder / 'sweep.json', summary | {'runs': results})
-    columns = [name for name, value in results[chosen].items() if isinstance(value, float)]
-    rows = [['run', *columns]] + [[name, *(f'{found[c]:.4f}' if c in found else '' for c in columns)]
-                                  for name, found in results.items()]
-    paths.write_whole(folder / 'sweep.tsv', '\n'.join(map('\t'.join, rows)) + '\n')
+    paths.write_whole(folder / 'sweep.tsv', _table(results, chosen, score))
     plots.sweep(folder, [(name, folder / 'runs' / name) for name, _ in runs], score)
     _print_table(path, summary, results)
     return results[chosen]
+
+
+def _table(results: dict[str, dict[str, Any]], chosen: str, score: str) -> str:
+    """A line a run, the chosen one marked with the score that chose it; then each score's mean, spread and median."""
+    names = [name for name, value in results[chosen].items()
+             if isinstance(value, float) and all(name in found for found in results.values())]
+    lines = [['run', 'chosen by', *names]]
+    for run, found in results.items():
+        lines.append([run, score if run == chosen else '', *(f'{found[name]:.4f}' for name in names)])
+    for word, of in SUMMARY.items():
+        lines.append([word, '', *(f'{of([found[name] for found in results.values()]):.4f}' for name in names)])
+    return '\n'.join(map('\t'.join, lines)) + '\n'
 
 
 def _print_table(path: str, summary: dict[str, Any], results: dict[str, dict[str, float]]) -> None:

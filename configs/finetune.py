@@ -14,14 +14,20 @@ from ml_collections import ConfigDict
 FILES = {'train_file': '', 'dev_file': '', 'test_file': '', 'dev_share': 0.1}
 TEXTS = {**FILES, 'text_column': 'text', 'text_pair_column': '', 'label_column': 'label', 'labels': ()}
 SPANS = {**FILES, 'null_answers': False, 'stride': 128, 'max_query_length': 64, 'max_answer_length': 30, 'n_best': 20}
+FEATURES = {'features': '', 'lstm_size': 768}
 GLUE = ('cola', 'sst2', 'mrpc', 'stsb', 'qqp', 'mnli', 'qnli', 'rte', 'wnli')
 TASKS = {
     'classification': TEXTS, 'multilabel': TEXTS, 'regression': TEXTS,
-    'tagging': {**FILES, 'word_column': 0, 'tag_column': -1, 'scheme': 'iob2', 'document_context': False, 'labels': ()},
-    'span': SPANS, 'squad1': SPANS, 'squad2': {**SPANS, 'null_answers': True},
-    'choice': {**FILES, 'format': 'plain'}, 'swag': {**FILES, 'format': 'swag'},
+    'tagging': {**FILES, 'word_column': '', 'tag_column': '', 'scheme': 'iob2', 'document_context': False,
+                'labels': (), **FEATURES},
+    'span': {**SPANS, 'question_column': 'question', 'passage_column': 'passage', 'answer_column': 'answer',
+             'answer_start_column': 'answer_start', 'id_column': 'id'},
+    'squad1': SPANS, 'squad2': {**SPANS, 'null_answers': True},
+    'choice': {**FILES, 'format': 'plain', 'context_column': 'context', 'choice_columns': ('choices',),
+               'label_column': 'label'},
+    'swag': {**FILES, 'format': 'swag'},
     'commonsenseqa': {**FILES, 'format': 'commonsenseqa'},
-    'conll2003': {'folder': '', 'document_context': True, 'features': '', 'lstm_size': 768},
+    'conll2003': {'folder': '', 'document_context': True, **FEATURES},
     **{name: {'folder': ''} for name in GLUE}}
 READERS = {'squad1': 'span', 'squad2': 'span', 'swag': 'choice', 'commonsenseqa': 'choice'}
 CHOICE = {'batch_size': 16, 'peak': 2e-5}
@@ -44,7 +50,8 @@ def get_config(task='classification'):
     c.grid = ConfigDict({'batch_size': (16, 32), 'peak': (5e-5, 3e-5, 2e-5), 'epochs': (2, 3, 4)})
     c.task = ConfigDict({'name': READERS.get(task, task), **TASKS[task]})
     c.max_length = paper['max_length']
-    c.num_lengths = 4               # static lengths that batches are cut to, chosen from the data
+    c.packed = True                 # classes, numbers, choices: several short texts share a row
+    c.num_lengths = 4               # else: static lengths that batches are cut to, chosen from the data
     c.batch_size = paper['batch_size']
     c.epochs = paper['epochs']
     c.dropout_rate = 0.1

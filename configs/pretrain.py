@@ -52,7 +52,7 @@ def get_config(arg='base'):
     c.log_every = 100
     c.eval_every = 10_000
     c.eval_examples = 4096          # held-out, with the same masks in every run; 0: no evaluation
-    c.eval_batch_size = 64
+    c.eval_batch_size = 64          # rounded up to a multiple of the devices
     c.save_every = 5_000
     c.keep_checkpoints = 3
     return c

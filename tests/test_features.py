@@ -13,7 +13,9 @@ import torch
 from conftest import expect_error, run_module
 from test_tasks import config, make, model  # noqa: F401 - a fixture
 
+import bert_jax
 from bert_jax import finetune
+from bert_jax.cli import UserError
 from bert_jax.data import tokenizer
 from bert_jax.model.heads import BiLstmTagging
 
@@ -101,9 +103,9 @@ def test_the_last_four_of_three_layers_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('features', ['second_to_last', 'concat_last4', 'sum_all'])  # a layer, a concatenation, a learned sum
-def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, model, tmp_path):  # noqa: F811
-    c = config('conll2003', model, make('conll2003', tmp_path), 'epochs=30.0', 'evals_per_epoch=1', f'task.features={features}',
-               'task.lstm_size=24', "frozen=('embeddings','encoder')", 'schedule.peak=1e-2')
+def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, folder, tmp_path):
+    c = config('conll2003', folder, make('conll2003', tmp_path), 'epochs=30.0', 'evals_per_epoch=1', f'task.features={features}',
+               'task.lstm_size=24', 'task.document_context=False', 'schedule.peak=1e-2')
     job = finetune.Job(c)
     state = job.init(0)
     slots = {'/'.join(str(getattr(key, 'key', '')) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
@@ -115,6 +117,20 @@ def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, m
     params, _, _ = checkpoint.load_params(tmp_path / 'work', best='dev/f1')
     for part in ('embeddings', 'encoder'):
         jax.tree.map(np.testing.assert_array_equal, params[part], job.source.params[part])
+    lines = (tmp_path / 'work' / 'predictions_dev.conll').read_text().split('\n\n')
+    sentences = [[line.split() for line in part.strip().splitlines()] for part in lines]
+    for found, sentence in zip(bert_jax.load(str(tmp_path / 'work'))([' '.join(word for word, *_ in one) for one in sentences]), sentences):
+        assert found['tags'] == [tag for *_, tag in sentence] and 0.4 < min(found['scores']) <= max(found['scores']) <= 1
+        for entity in found['entities']:
+            assert entity['score'] == pytest.approx(np.mean(found['scores'][entity['begin']:entity['end']]), abs=1e-5)
+
+
+def test_too_few_layers_for_a_row_of_table_7(model, tmp_path):  # noqa: F811
+    c = config('conll2003', model, make('conll2003', tmp_path), 'task.features=concat_last4')
+    small = peers.save(peers.model(num_hidden_layers=3, max_position_embeddings=64), tmp_path / 'small')
+    c.init_from = str(small)
+    with pytest.raises(UserError, match='concat_last4: .* has 3 layers, 4 or more are needed'):
+        finetune.Job(c)
 
 
 def test_which_layers_each_row_of_table_7_takes():
@@ -149,9 +165,16 @@ def test_the_bilstm_equals_pytorch():
                                     ('bias_hh', cell['inputs']['bias'])):
                     getattr(theirs, f'{name}_l{layer}{ending}').copy_(torch.tensor(array))
                 getattr(theirs, f'bias_ih_l{layer}{ending}').zero_()
-        packed = torch.nn.utils.rnn.pack_padded_sequence(torch.tensor(hidden[-1]), torch.tensor(lengths), True, enforce_sorted=False)
-        out, _ = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], True)
-    expected = out.numpy() @ params['dense']['kernel'] + params['dense']['bias']
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.tensor(hidden[-1]), torch.tensor(lengths), True, enforce_sorted=False)
+    out, _ = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], True)
+    expected = out @ torch.tensor(params['dense']['kernel']) + torch.tensor(params['dense']['bias'])
     real = example['input_mask'] > 0
-    np.testing.assert_allclose(apply(params)[real], expected[real], atol=1e-5)
-
+    np.testing.assert_allclose(apply(params)[real], expected.detach().numpy()[real], atol=1e-5)
+    weights = rng.normal(size=expected.shape).astype(np.float32) * real[..., None]
+    (expected * torch.tensor(weights)).sum().backward()
+    found = jax.grad(lambda p: (apply(p) * weights).sum())(params)
+    for layer in range(2):
+        for side, ending in (('forward', ''), ('backward', '_reverse')):
+            for name, array in (('weight_ih', found[f'{side}_{layer}']['inputs']['kernel'].T), ('bias_hh', found[f'{side}_{layer}']['inputs']['bias']),
+                                ('weight_hh', found[f'{side}_{layer}']['recurrent'].T)):
+                np.testing.assert_allclose(array, getattr(theirs, f'{name}_l{layer}{ending}').grad.numpy(), atol=1e-5)

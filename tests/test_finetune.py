@@ -1,7 +1,11 @@
 """Fine-tuning and prediction, from files to files; metrics against scikit-learn."""
 
 import json
+import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -129,7 +133,9 @@ def test_filling_masks(pretrained, tmp_path):
     assert [g['token'] for g in many[0]['masks'][0]] == [g['token'] for g in one['masks'][0]]
     result = run_module('predict', '--workdir', pretrained, 'the [MASK] statement', '--top_k', '2')
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
-    expect_error(run_module('predict', '--workdir', pretrained, 'no mask'), 'No [MASK]')
+    expect_error(run_module('predict', '--workdir', pretrained, 'no mask'), 'no [MASK]')
+    (tmp_path / 'in.txt').write_text('a [MASK]\n\nno mask\n')
+    expect_error(run_module('predict', '--workdir', pretrained, '--input', tmp_path / 'in.txt'), 'in.txt:3: no [MASK]')
     expect_error(run_module('predict', '--workdir', pretrained, 'word ' * 200 + '[MASK]'), 'lies beyond the 128 tokens')
     expect_error(run_module('predict', '--workdir', pretrained), 'No text')
     expect_error(run_module('predict', '--workdir', tmp_path, 'x'), 'no model there', 'expected a workdir')
@@ -264,6 +270,24 @@ def test_what_cannot_run_is_refused(pretrained, tmp_path, override, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize('what', ['of another size', 'of the same size'])
+def test_a_checkpoint_of_another_tokenizer(pretrained, tuned, tmp_path, what):
+    """Its ids would mean other pieces: refused, whether the table shows it or only the run's own copy."""
+    folder = tmp_path / 'model'
+    shutil.copytree(pretrained if what == 'of another size' else tuned[0], folder)
+    pieces = (folder / 'tokenizer' / 'vocab.txt').read_text().splitlines()
+    if what == 'of another size':
+        (folder / 'tokenizer' / 'vocab.txt').write_text('\n'.join(pieces[:-7]) + '\n')
+        config = load_config(folder, write(tmp_path / 'train.csv', rows(60)))
+        with pytest.raises(UserError, match='its tokenizer has 996 entries, but its embedding table 1003'):
+            finetune.finetune(config, str(tmp_path / 'work'))
+        assert not (tmp_path / 'work').exists()
+    else:
+        (folder / 'tokenizer' / 'vocab.txt').write_text('\n'.join([*pieces[:-2], pieces[-1], pieces[-2]]) + '\n')
+        with pytest.raises(UserError, match='its tokenizer is not the one of the data'):
+            finetune.finetune(cli.load_config(tuned[1][1], list(map(str, tuned[1][2:]))), str(folder))
+
+
 def test_one_line_and_exit_code_2(pretrained, tmp_path):
     train = bad(tmp_path, 'body,kind\na,x\nb\n')
     expect_error(run_module('finetune', *settings(pretrained, train), '--workdir', tmp_path / 'work'), 'train.csv:3')
@@ -276,14 +300,16 @@ def test_invalid_utf8_in_a_table(tmp_path):
 
 
 def test_killing_is_not_losing(pretrained, tuned, tmp_path):
-    """A fine-tuning run cut back to its first checkpoint ends where the whole one ended."""
+    """A process killed in the middle, started again, ends where the one that was left alone ended."""
     work, args = tuned
-    copy = tmp_path / 'copy'
-    subprocess.run(['cp', '-r', work, copy], check=True)
-    steps = sorted((copy / 'checkpoints').iterdir())
-    if len(steps) > 1:
-        subprocess.run(['rm', '-r', steps[-1]], check=True)
-    result = run_module('finetune', *args, '--workdir', copy)
-    assert result.returncode == 0, result.stderr
-    assert (copy / 'log.jsonl').read_bytes() == (work / 'log.jsonl').read_bytes()
-    assert (copy / 'predictions_dev.tsv').read_bytes() == (work / 'predictions_dev.tsv').read_bytes()
+    other = tmp_path / 'other'
+    command = [sys.executable, '-m', 'bert_jax.finetune', *map(str, args), '--workdir', str(other)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and (not (other / 'log.jsonl').exists() or (other / 'log.jsonl').read_text().count('dev/loss') < 3):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    result = run_module('finetune', *args, '--workdir', other)
+    assert result.returncode == 0 and 'resuming at step' in result.stdout, result.stdout + result.stderr
+    assert (other / 'log.jsonl').read_bytes() == (work / 'log.jsonl').read_bytes()
+    assert (other / 'predictions_dev.tsv').read_bytes() == (work / 'predictions_dev.tsv').read_bytes()

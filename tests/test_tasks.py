@@ -1,9 +1,12 @@
 """Every fine-tuning task, from files as users have them to predictions."""
 
 import csv
+import dataclasses
+import itertools
 import json
 import zipfile
 
+import jax
 import numpy as np
 import peers
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bert_jax
-from bert_jax import cli, finetune, scores
+from bert_jax import checkpoint, cli, finetune, scores
 from bert_jax.cli import UserError
 from bert_jax.data import choices, encoded, glue, spans, tags, tasks, tokenizer
 from bert_jax.data.task import Task
@@ -107,10 +110,23 @@ def config(name, model, settings, *overrides):
     return c
 
 
+@pytest.fixture
+def often(monkeypatch):
+    """The training examples ten times an epoch: as many steps with fewer evaluations and checkpoints between."""
+    def ten_times(read):
+        def wrapped(**settings):
+            task = read(**settings)
+            return dataclasses.replace(task, splits=task.splits | {'train': task.splits['train'] * 10})
+        return wrapped
+
+    for name, read in tasks.TASKS.items():
+        monkeypatch.setitem(tasks.TASKS, name, ten_times(read))
+
+
 @pytest.mark.parametrize('name', sorted(set(tasks.TASKS) - set(glue.LAYOUTS) - {'conll2003'}))
-def test_sixteen_examples_are_learned_by_heart_and_predicted_again(name, model, tmp_path):
+def test_sixteen_examples_are_learned_by_heart_and_predicted_again(name, model, often, tmp_path):
     """One of each kind: training, scores, files, and predict give the same."""
-    c = config(name, model, make(name, tmp_path), 'epochs=40.0', 'evals_per_epoch=1')
+    c = config(name, model, make(name, tmp_path), 'epochs=4.0')
     results = finetune.finetune(c, str(tmp_path / 'work'))
     score, value = SCORE[name]
     assert results[score] >= value, results
@@ -166,6 +182,56 @@ def test_the_contract_of_every_task(name, tmp_path, model):
             assert file.endswith('.tsv') and len(content.splitlines()) == len(rows) + 1
 
 
+def published(name, folder, count=16):
+    """The same in the published format of a task that is read as span or choice."""
+    if name == 'swag':
+        rows = [(str(i), text(0), 'w1', *(text(2) if j == i % 4 else text(1) for j in range(4)), i % 4) for i in range(count)]
+        return table(folder / 'swag.csv', ('', 'sent1', 'sent2', *(f'ending{j}' for j in range(4)), 'label'), rows)
+    if name == 'commonsenseqa':
+        return json_lines(folder / 'qa.jsonl', [{'answerKey': 'ABCDE'[i % 5], 'question': {'stem': text(0), 'choices': [
+            {'label': letter, 'text': text(2) if 'ABCDE'[i % 5] == letter else text(1)} for letter in 'ABCDE']}} for i in range(count)])
+    passages = [f'{text(1)} {word(2, i)} {word(3, i)} {text(4)}' for i in range(count)]
+    answers = [f'{word(2, i)} {word(3, i)}' for i in range(count)]
+    without = [name == 'squad2' and i % 3 == 0 for i in range(count)]
+    qas = [{'id': f'q{i}', 'question': text(5 if none else 0, 2), 'is_impossible': none,
+            'answers': [] if none else [{'text': answer, 'answer_start': passage.index(answer)}]}
+           for i, (passage, answer, none) in enumerate(zip(passages, answers, without))]
+    (folder / 'squad.json').write_text(json.dumps({'data': [{'title': 't', 'paragraphs': [
+        {'context': passage, 'qas': [qa]} for passage, qa in zip(passages, qas)]}]}))
+    return folder / 'squad.json'
+
+
+@pytest.mark.parametrize('name, score, value', [('squad1', 'dev/exact', 100), ('squad2', 'dev/exact', 100), ('swag', 'dev/accuracy', 1),
+                                                ('commonsenseqa', 'dev/accuracy', 1)])
+def test_published_formats_from_end_to_end(name, score, value, model, often, tmp_path):
+    file = str(published(name, tmp_path))
+    c = config(name, model, {'train_file': file, 'dev_file': file, 'test_file': file}, 'epochs=4.0')
+    results = finetune.finetune(c, str(tmp_path / 'work'))
+    assert results[score] == value == results[score.replace('dev', 'test')], results
+    if name == 'squad2':
+        odds, said = (json.loads((tmp_path / 'work' / f'{kind}.json').read_text()) for kind in ('null_odds', 'predictions'))
+        none = {f'q{i}' for i in range(0, 16, 3)}
+        assert {key for key, answer in said.items() if not answer} == none == {key for key, odd in odds.items() if odd > results['dev/null_threshold']}
+        rows = spans.read(file)
+        assert [found['text'] for found in bert_jax.load(str(tmp_path / 'work'))([(row.text, row.passage) for row in rows])] == list(said.values())
+
+
+def test_one_tasks_weights_under_anothers_head(model, tmp_path):
+    """MNLI before RTE: the encoder is MNLI's best one, the head a fresh one of two classes."""
+    (tmp_path / 'mnli').mkdir()
+    (tmp_path / 'rte').mkdir()
+    finetune.finetune(config('mnli', model, make('mnli', tmp_path / 'mnli'), 'epochs=2.0'), str(tmp_path / 'first'))
+    c = config('rte', tmp_path / 'first', make('rte', tmp_path / 'rte'), 'epochs=1.0')
+    job = finetune.Job(c)
+    tuned, _, _ = checkpoint.load_params(tmp_path / 'first', best='dev/accuracy')
+    start = finetune._initial(job, c).params
+    for part in ('embeddings', 'encoder', 'pooler'):
+        jax.tree.map(np.testing.assert_array_equal, start[part], tuned[part])
+    heads = [params['targets_classification']['dense']['kernel'].shape[-1] for params in (tuned, start)]
+    assert heads == [3, 2]
+    assert 'dev/accuracy' in finetune.run(job, c, str(tmp_path / 'second'))
+
+
 def test_every_task_has_a_config_and_mnli_two_dev_sets(tmp_path, model):
     for name in tasks.TASKS:
         cli.load_config(f'configs/finetune.py:{name}', [])
@@ -189,7 +255,7 @@ def test_glues_odd_files(tmp_path):
     (tmp_path / 'dev.tsv').write_text(header + '0\t1\t2\ta\tb\t1\n')
     (tmp_path / 'test.tsv').unlink()
     qqp = glue.read('qqp', str(tmp_path))
-    assert len(qqp.splits['train']) == 2 and '1 rows' in qqp.skipped and 'train.tsv:3' in qqp.skipped
+    assert len(qqp.splits['train']) == 2 and '1 rows' in qqp.notes[0] and 'train.tsv:3' in qqp.notes[0]
     (tmp_path / 'dev.tsv').write_text(header)
     with pytest.raises(UserError, match='dev.tsv: no rows'):
         glue.read('qqp', str(tmp_path))
@@ -201,13 +267,31 @@ def test_glue_from_tfds_mock():
     with tfds.testing.mock_data(num_examples=4):
         for name, layout in glue.LAYOUTS.items():
             task = glue.read(name, f'tfds:glue/{name}')
-            assert list(task.splits) == [split for split in layout.files if split != 'test_diagnostic']
+            assert set(task.splits) == set(layout.files)
             for split, rows in task.splits.items():
                 assert len(rows) == 4 and all((row.pair is None) == (layout.pair == '') and row.text for row in rows)
                 assert {row.label for row in rows} == {None} if split.startswith('test') else all(
                     row.label in layout.labels if layout.labels else isinstance(row.label, float) for row in rows)
     with pytest.raises(UserError, match='no_such'):
         glue.read('sst2', 'tfds:glue/no_such')
+
+
+def test_mnli_from_tfds_brings_the_diagnostic_set_if_it_can(monkeypatch):
+    asked = []
+
+    def records(name, split):
+        asked.append((name, split))
+        if name == 'glue/ax' and len(asked) < 7:
+            raise UserError('tfds:glue/ax, test: no network')
+        yield {'premise': b'p', 'hypothesis': b'h', 'idx': np.int32(0), 'label': np.int64(0)}, ['entailment', 'neutral', 'contradiction']
+
+    monkeypatch.setattr(glue.corpora, 'tfds_records', records)
+    task = glue.read('mnli', 'tfds:glue/mnli')
+    assert 'test_diagnostic' not in task.splits and 'no network' in task.notes[0]
+    task = glue.read('mnli', 'tfds:glue/mnli')
+    assert task.splits['test_diagnostic'][0].label is None and not task.notes
+    assert asked[6:] == [('glue/mnli', 'train'), *(('glue/mnli', f'{part}_{which}') for part in ('validation', 'test')
+                                                   for which in ('matched', 'mismatched')), ('glue/ax', 'test')]
 
 
 def test_glue_from_tfds_comes_in_glues_order_under_glues_names(monkeypatch):
@@ -221,7 +305,7 @@ def test_glue_from_tfds_comes_in_glues_order_under_glues_names(monkeypatch):
     ('iob1', 'O I-PER I-PER B-PER I-LOC O I-LOC'), ('iob2', 'O B-PER I-PER B-PER B-LOC O B-LOC'), ('iobes', 'O B-PER E-PER S-PER S-LOC O S-LOC')])
 def test_every_scheme_becomes_iob2(scheme, given_tags, tmp_path):
     (tmp_path / 'a').write_text('\n'.join(f'w{i}\t{tag}' for i, tag in enumerate(given_tags.split())) + '\n\nx O\n')
-    sentences = tags.read(str(tmp_path / 'a'), 0, -1, scheme, labelled=True)
+    sentences = tags.read(str(tmp_path / 'a'), '', '', scheme, labelled=True)
     assert sentences[0].tags == ('O', 'B-PER', 'I-PER', 'B-PER', 'B-LOC', 'O', 'B-LOC') and len(sentences) == 2
     entities = tags.entities(sentences[0].words, sentences[0].tags)
     assert [(e['type'], e['begin'], e['end']) for e in entities] == [('PER', 1, 3), ('PER', 3, 4), ('LOC', 4, 5), ('LOC', 6, 7)]
@@ -347,7 +431,7 @@ def test_what_is_not_a_list_of_words_or_choices():
 
 def test_columns_end_at_spaces_and_tabs_alone(tmp_path):
     (tmp_path / 'a.conll').write_text('10\u00a0000\tB-NUM\n')
-    (row,) = tags.read(str(tmp_path / 'a.conll'), 0, -1, 'iob2', labelled=True)
+    (row,) = tags.read(str(tmp_path / 'a.conll'), '0', '-1', 'iob2', labelled=True)
     assert row.words == ('10\u00a0000',) and row.tags == ('B-NUM',)
 
 
@@ -365,9 +449,11 @@ def test_static_lengths_are_the_best_ones(sizes, count):
     chosen = encoded.choose_lengths(np.array(sizes), 128, count)
     assert chosen[-1] == 128 and list(chosen) == sorted(set(chosen)) and len(chosen) <= count + 1
     assert all(length % 8 == 0 for length in chosen)
-    one = encoded.choose_lengths(np.array(sizes), 128, 1)
     cost = lambda lengths: sum(next(length for length in lengths if length >= min(size, 128)) for size in sizes)  # noqa: E731
-    assert cost(chosen) <= cost(one)
+    top = -(-min(max(sizes), 128) // 8) * 8  # the last length must hold the longest row; every choice of the others
+    others = itertools.combinations(range(8, top, 8), min(count, 3) - 1)
+    best = min(cost((*lengths, top)) for lengths in others) if top > 8 * (min(count, 3) - 1) else cost((*range(8, top, 8), top))
+    assert cost(encoded.choose_lengths(np.array(sizes), 128, min(count, 3))) == best >= cost(chosen)
 
 
 def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
@@ -381,6 +467,12 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
     assert summary['mean'] == pytest.approx(np.mean(values)) and summary['standard_deviation'] == pytest.approx(np.std(values, ddof=1))
     assert results['dev/accuracy'] == max(values) == runs[summary['chosen']]['dev/accuracy']
     assert 'chosen by the dev split' in capfd.readouterr().out
+    with (tmp_path / 'work' / 'sweep.tsv').open() as file:
+        lines = {line['run']: line for line in csv.DictReader(file, delimiter='\t')}
+    assert [run for run, line in lines.items() if line['chosen by']] == [summary['chosen']]
+    assert lines[summary['chosen']]['chosen by'] == 'dev/accuracy'
+    for name, of in (('mean', np.mean(values)), ('median', np.median(values)), ('standard_deviation', np.std(values, ddof=1))):
+        assert float(lines[name]['dev/accuracy']) == pytest.approx(of, abs=1e-4) and summary[name] == pytest.approx(of)
     assert (tmp_path / 'work' / 'sweep.png').stat().st_size > 5000
     assert bert_jax.load(str(tmp_path / 'work'))(text(1))['label'] in 'abc'
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('run.json')}
@@ -391,6 +483,33 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
     assert json.loads((tmp_path / 'work' / 'sweep.json').read_text())['runs'] == runs
     with pytest.raises(UserError, match='dropout_rate'):
         finetune.finetune(config('classification', model, settings, *overrides, 'dropout_rate=0.2'), str(tmp_path / 'work'))
+
+
+def test_a_sweep_compiles_each_shape_once_and_takes_several_checkpoints(model, tmp_path, monkeypatch):
+    jobs = []
+
+    class Watched(finetune.Job):
+        def __init__(self, config):
+            super().__init__(config)
+            jobs.append(self)
+
+    monkeypatch.setattr(finetune, 'Job', Watched)
+    other = peers.save(peers.model(hidden_size=64, num_attention_heads=2, intermediate_size=128, max_position_embeddings=64, seed=1),
+                       tmp_path / 'other')
+    rows = [(text(i % 3, 3 + i % 25), 'abc'[i % 3]) for i in range(24)]
+    file = str(table(tmp_path / 'c.csv', ('text', 'label'), rows))
+    c = config('classification', model, {'train_file': file, 'dev_file': file}, 'sweep=paper', 'seeds=2', 'grid.batch_size=(4, 8)',
+               'grid.peak=(1e-5, 2e-3)', 'grid.epochs=(1,)', 'num_lengths=2', f'init_from={model},{other}')
+    finetune.finetune(c, str(tmp_path / 'work'))
+    summary = json.loads((tmp_path / 'work' / 'sweep.json').read_text())
+    assert len(summary['runs']) == 16 and len(jobs) == 2  # one a checkpoint, for eight runs each
+    for job in jobs:
+        shapes = {job.data['train'].batch(step, size, seed)['input_ids'].shape for size in (4, 8) for seed in (0, 1)
+                  for step in range(job.data['train'].steps(size))}
+        assert job.step._cache_size() == len(shapes) >= 2
+    assert {run[:2] for run in summary['runs']} == {'1-', '2-'}
+    best = {which: max(found['dev/accuracy'] for run, found in summary['runs'].items() if run.startswith(which)) for which in ('1-', '2-')}
+    assert summary['runs'][summary['chosen']]['dev/accuracy'] == max(best.values())
 
 
 def bad(name, folder, content, suffix):

@@ -14,6 +14,8 @@ from bert_jax.data import encoded, tables
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 
+TOO_LONG = 'choices with their contexts are longer than max_length'
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -32,18 +34,21 @@ class Question:
     where: str
 
 
-def read(file: str, form: str) -> list[Question]:
+def read(file: str, form: str, **columns: Any) -> list[Question]:
     """Questions of a file.
 
     Args:
       file: its path.
-      form: 'swag' (its CSV: sent1, sent2, ending0.., label), 'commonsenseqa' (its JSON lines), or 'plain': JSON lines
-        {"context": text, "choices": [text, ...], "label": number from 0}.
+      form: 'swag' (its CSV: sent1, sent2, ending0.., label), 'commonsenseqa' (its JSON lines), or 'plain': a table
+        (.csv, .tsv, .jsonl).
+      columns: of the plain format: context_column; choice_columns, one that holds a list or one for each choice,
+        empty where a question has fewer; label_column, the right choice's number from 0. Without names they are
+        called 'context', 'choices' and 'label'.
 
     Raises:
       UserError: a missing column, fewer than two choices, a label that is none of them (file and line), no question.
     """
-    questions = list(choose('format', FORMATS, form)(file))
+    questions = list(choose('format', FORMATS, form)(file, **columns))
     for question in questions:
         if len(question.choices) < 2:
             raise UserError(f'{question.where}: {len(question.choices)} choices; two or more are expected.')
@@ -60,23 +65,21 @@ ENDING = re.compile(r'ending\d+')
 def _swag(file: str) -> Iterator[Question]:
     for where, record in tables.read_table(file):
         names = sorted((name for name in record if ENDING.fullmatch(name)), key=lambda name: int(name[len('ending'):]))
-        endings = [record[name] for name in names]
-        while endings and not endings[-1].strip():  # a question with fewer than others
-            endings.pop()
-        start = tables.column(where, record, 'sent2')
-        label = record.get('label', '')
+        start, endings = tables.column(where, record, 'sent2'), _fewer([record[name] for name in names])
         yield Question(tables.column(where, record, 'sent1'), tuple(f'{start} {ending}'.strip() for ending in endings),
-                       _whole(where, label) if label != '' else None, where)
+                       _label(where, record, 'label'), where)
 
 
-def _whole(where: str, value: Any) -> int:
-    try:
-        number = int(value)
-        if isinstance(value, float) and number != value:
-            raise ValueError
-        return number
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{where}: label {value!r} is not a whole number.') from error
+def _fewer(choices: list[Any]) -> list[Any]:
+    """Without the empty ones at the end, of a question that has fewer than others."""
+    while choices and (choices[-1] is None or not str(choices[-1]).strip()):
+        choices.pop()
+    return choices
+
+
+def _label(where: str, record: dict[str, Any], name: str) -> int | None:
+    value = record.get(name)
+    return None if value in (None, '') else tables.whole(where, name, value)
 
 
 def _commonsenseqa(file: str) -> Iterator[Question]:
@@ -92,14 +95,17 @@ def _commonsenseqa(file: str) -> Iterator[Question]:
         yield Question(stem, texts, names.index(key) if key else None, where)
 
 
-def _plain(file: str) -> Iterator[Question]:
+def _plain(file: str, *, context_column: str = 'context', choice_columns: Sequence[str] = ('choices',),
+           label_column: str = 'label') -> Iterator[Question]:
     for where, record in tables.read_table(file):
-        choices = tables.column(where, record, 'choices')
-        if not isinstance(choices, list):
-            raise UserError(f'{where}: choices is not a list.')
-        label = record.get('label')
-        yield Question(str(tables.column(where, record, 'context')), tuple(map(str, choices)),
-                       None if label is None else _whole(where, label), where)
+        found = [tables.column(where, record, name) for name in choice_columns]
+        if len(found) == 1:
+            (found,) = found
+            if not isinstance(found, list):
+                raise UserError(f'{where}: {choice_columns[0]} is not a list; --config.task.choice_columns takes the '
+                                'names of several columns too, one for each choice.')
+        yield Question(str(tables.column(where, record, context_column)), tuple(map(str, _fewer(list(found)))),
+                       _label(where, record, label_column), where)
 
 
 FORMATS = {'swag': _swag, 'commonsenseqa': _commonsenseqa, 'plain': _plain}

@@ -58,18 +58,22 @@ class Encoded:
     def batch(self, step: int, batch_size: int, seed: int) -> dict[str, np.ndarray]:
         """Training batch `step`, a pure function: shuffled each epoch, examples of like length together."""
         epoch, number = divmod(step, self.steps(batch_size))
-        order = self._epoch(epoch, batch_size, seed)
+        order = self.epoch(epoch, batch_size, seed)
         return self.make(order[number * batch_size:(number + 1) * batch_size], batch_size)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a run holds one of these for its whole life
-    def _epoch(self, epoch: int, batch_size: int, seed: int) -> np.ndarray:
-        order = draws.permutation(len(self), seed, epoch, ORDER)
-        groups = [order[i:i + GROUP * batch_size] for i in range(0, len(order), GROUP * batch_size)]
-        order = np.concatenate([group[np.argsort(self.longest[group], kind='stable')] for group in groups])
+    def epoch(self, epoch: int, batch_size: int, seed: int) -> np.ndarray:
+        """Numbers of all examples in the order of an epoch, batch after batch."""
+        order = self.arrange(draws.permutation(len(self), seed, epoch, ORDER), batch_size)
         full = len(self) // batch_size
         batches = order[:full * batch_size].reshape(full, batch_size)
         batches = batches[draws.permutation(full, seed, epoch, BATCH_ORDER)]
         return np.concatenate([batches.ravel(), order[full * batch_size:]])
+
+    def arrange(self, order: np.ndarray, batch_size: int) -> np.ndarray:
+        """The same examples, those of like length together as far as they are not far apart."""
+        groups = [order[i:i + GROUP * batch_size] for i in range(0, len(order), GROUP * batch_size)]
+        return np.concatenate([group[np.argsort(self.longest[group], kind='stable')] for group in groups])
 
     def evaluation_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """(example numbers, batch): every example once, shortest first."""

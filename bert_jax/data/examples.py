@@ -166,5 +166,5 @@ def check_batch_size(batch_size: int, devices: int, accumulation: int) -> None:
     """Raises UserError when a batch cannot be cut evenly."""
     if batch_size < 1 or accumulation < 1 or batch_size % (devices * accumulation):
         unit = max(1, devices * accumulation)
-        raise UserError(f'A batch (batch_size, eval_batch_size) of {batch_size} is not divisible by {devices} devices '
+        raise UserError(f'A batch of {batch_size} is not divisible by {devices} devices '
                         f'x {accumulation} micro-batches; the nearest is {max(1, round(batch_size / unit)) * unit}.')

@@ -62,7 +62,9 @@ LAYOUTS = {
     'wnli': Layout('sentence1', 'sentence2', 'label', YES_NO, 'accuracy', _files(), {'test': 'WNLI.tsv'},
                    ('sentence1', 'sentence2')),
 }
-TFDS_SPLITS = {'dev': 'validation', 'test': 'test', 'train': 'train'}
+IN_TFDS = {'train': 'train', 'dev': 'validation', 'test': 'test'}  # split -> TFDS' name for it
+MNLI_IN_TFDS = {'train': 'train', 'dev': 'validation_matched', 'dev_mismatched': 'validation_mismatched',
+                'test': 'test_matched', 'test_mismatched': 'test_mismatched'}
 
 
 def read(name: str, folder: str) -> Task:
@@ -78,23 +80,41 @@ def read(name: str, folder: str) -> Task:
     if not folder:
         raise UserError('--config.task.folder=FOLDER is missing: the folder with train.tsv and dev.tsv, '
                         f'or tfds:glue/{name}.')
-    layout, skipped = LAYOUTS[name], []
+    layout = LAYOUTS[name]
     if folder.startswith('tfds:'):
-        splits = {split: list(_from_tfds(folder.removeprefix('tfds:'), layout, split)) for split in layout.files
-                  if split != 'test_diagnostic'}
+        splits, notes = _tfds_splits(folder.removeprefix('tfds:'), layout)
     else:
-        splits = {}
-        for split, file in layout.files.items():
-            path = _find(folder, file)
-            if os.path.exists(path) or not split.startswith('test'):
-                splits[split] = list(_from_file(path, layout, split, skipped))
-                if not splits[split]:
-                    raise UserError(f'{path}: no rows in it.')
+        splits, notes = _folder_splits(folder, layout)
     task = Task('classification' if layout.labels else 'regression', splits, layout.labels, layout.best,
-                submission=layout.submission,
-                skipped=f'{len(skipped):,} rows with a wrong number of columns were left out, the first at {skipped[0]}'
-                if skipped else '')
+                submission=layout.submission, notes=notes)
     return with_classes(task) if layout.labels else with_numbers(task)
+
+
+Found = tuple[dict[str, list[Row]], tuple[str, ...]]  # splits, notes
+
+
+def _folder_splits(folder: str, layout: Layout) -> Found:
+    splits, skipped = {}, []
+    for split, file in layout.files.items():
+        path = _find(folder, file)
+        if os.path.exists(path) or not split.startswith('test'):
+            splits[split] = list(_from_file(path, layout, split, skipped))
+            if not splits[split]:
+                raise UserError(f'{path}: no rows in it.')
+    if not skipped:
+        return splits, ()
+    return splits, (f'{len(skipped):,} rows with a wrong number of columns were left out, the first at {skipped[0]}',)
+
+
+def _tfds_splits(name: str, layout: Layout) -> Found:
+    names = MNLI_IN_TFDS if 'dev_mismatched' in layout.files else IN_TFDS
+    splits = {split: list(_from_tfds(name, layout, tfds_split)) for split, tfds_split in names.items()}
+    if 'test_diagnostic' not in layout.files:
+        return splits, ()
+    try:
+        return splits | {'test_diagnostic': list(_from_tfds('glue/ax', layout, 'test'))}, ()
+    except UserError as error:
+        return splits, (f'without the diagnostic set ({error})',)
 
 
 def _find(folder: str, file: str) -> str:
@@ -127,12 +147,10 @@ def _from_file(path: str, layout: Layout, split: str, skipped: list[str]) -> Ite
 
 
 def _from_tfds(name: str, layout: Layout, split: str) -> Iterator[Row]:
-    kind, _, part = split.partition('_')
-    part = f'_{part or "matched"}' if 'dev_mismatched' in layout.files and kind != 'train' else ''
-    records = corpora.tfds_records(name, TFDS_SPLITS[kind] + part)  # in an order of TFDS' own
+    records = corpora.tfds_records(name, split)  # in an order of TFDS' own
     for number, (record, names) in enumerate(sorted(records, key=lambda found: int(found[0]['idx']))):
         label = None
-        if kind != 'test':
+        if not split.startswith('test'):
             label = str(record['label'])
             if names:  # TFDS has its own names; ours are those of the TSV files
                 label = names[int(label)] if names[int(label)] in layout.labels else label

@@ -6,6 +6,7 @@ that still has room. Attention joins the examples of a row no more than those of
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -68,6 +69,19 @@ def pack(lengths: np.ndarray, predictions: np.ndarray, length: int, most_predict
     return Packing(numbers[np.arange(len(numbers)) + np.repeat(first - starts[:-1], sizes[order])], starts)
 
 
+def fill(sizes: Sequence[int], length: int, most: int) -> list[list[int]]:
+    """Rows of at most `length` tokens and `most` examples: longest first, each into the fullest row that has room."""
+    rows: list[tuple[int, list[int]]] = []  # tokens left, examples
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        fitting = [at for at, (left, members) in enumerate(rows) if left >= sizes[number] and len(members) < most]
+        if fitting:
+            at = min(fitting, key=lambda at: rows[at][0])
+            rows[at] = rows[at][0] - sizes[number], [*rows[at][1], number]
+        else:
+            rows.append((length - sizes[number], [number]))
+    return [members for _, members in rows]
+
+
 def _classes(counts: np.ndarray, predictions: np.ndarray, length: int, most_predictions: int
              ) -> list[tuple[int, tuple[int, ...]]]:
     """(how many rows, the lengths in each), covering `counts` examples of each length."""
@@ -111,7 +125,7 @@ def join(batch: dict[str, np.ndarray], owners: np.ndarray, rows: int, length: in
       Arrays [B, L], [B, P] and [B, E].
     """
     real, masked = batch['input_mask'] > 0, batch['masked_lm_weights'] > 0
-    turn, before = _before(owners, np.ones(len(owners), np.int64)), _before(owners, real.sum(1))
+    turn, first = before(owners, np.ones(len(owners), np.int64)), before(owners, real.sum(1))
     joined = {}
 
     def scatter(name: str, width: int, row: np.ndarray, column: np.ndarray, values: np.ndarray) -> None:
@@ -119,22 +133,22 @@ def join(batch: dict[str, np.ndarray], owners: np.ndarray, rows: int, length: in
         joined[name][row, column] = values
 
     example, place = np.nonzero(real)
-    at = owners[example], before[example] + place
+    at = owners[example], first[example] + place
     for name in ('input_ids', 'segment_ids', 'position_ids'):
         scatter(name, length, *at, batch[name][real])
     scatter('input_mask', length, *at, turn[example] + 1)
     example, _ = np.nonzero(masked)
-    at = owners[example], (_before(owners, masked.sum(1))[example] + np.nonzero(masked)[1])
-    scatter('masked_lm_positions', most_predictions, *at, batch['masked_lm_positions'][masked] + before[example])
+    at = owners[example], (before(owners, masked.sum(1))[example] + np.nonzero(masked)[1])
+    scatter('masked_lm_positions', most_predictions, *at, batch['masked_lm_positions'][masked] + first[example])
     for name in ('masked_lm_ids', 'masked_lm_weights'):
         scatter(name, most_predictions, *at, batch[name][masked])
-    scatter('cls_positions', slots(length), owners, turn, before)
+    scatter('cls_positions', slots(length), owners, turn, first)
     for name in ('next_sentence_labels', 'next_sentence_weights'):
         scatter(name, slots(length), owners, turn, batch[name][:, 0])
     return joined
 
 
-def _before(owners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def before(owners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The sum of the sizes of the examples that stand before each in its row."""
     total = np.cumsum(sizes) - sizes
     first = np.searchsorted(owners, owners)

@@ -18,6 +18,7 @@ from bert_jax.data import encoded, tables
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 
+TOO_LONG = 'questions are longer than max_query_length'
 LOWEST = -1e9  # the score of an answer from a passage without tokens; JSON has no infinity
 
 
@@ -41,15 +42,18 @@ class Question:
     where: str
 
 
-def read(file: str) -> list[Question]:
-    """Questions of a SQuAD 1.1 or 2.0 file (.json), or of JSON lines.
+def read(file: str, **columns: str) -> list[Question]:
+    """Questions of a SQuAD 1.1 or 2.0 file (.json), or of a table (.csv, .tsv, .jsonl).
 
-    A line of .jsonl: {"question", "passage", "answer": text, or null for none}, perhaps with "answer_start" and "id".
+    Args:
+      file: its path.
+      columns: of a table, question_column, passage_column, answer_column (null or nothing where there is none),
+        answer_start_column and id_column, which may be missing; without names they are called as they are here.
 
     Raises:
       UserError: not the format, an answer that is not in its passage (file and id or line), no question.
     """
-    questions = list((_plain if file.endswith('.jsonl') else _squad)(file))
+    questions = list(_squad(file) if file.endswith('.json') else _from_table(file, **columns))
     if not questions:
         raise UserError(f'{file}: no questions in it.')
     seen = set()
@@ -81,19 +85,21 @@ def _squad(file: str) -> Iterator[Question]:
             raise UserError(f'{file}: not a SQuAD file ({type(error).__name__}: {error}).') from error
 
 
-def _plain(file: str) -> Iterator[Question]:
+def _from_table(file: str, *, question_column: str = 'question', passage_column: str = 'passage',
+                answer_column: str = 'answer', answer_start_column: str = 'answer_start', id_column: str = 'id'
+                ) -> Iterator[Question]:
     for where, record in tables.read_table(file):
-        passage, answer = str(tables.column(where, record, 'passage')), record.get('answer')
-        answers = ()
+        question, passage = (str(tables.column(where, record, name)) for name in (question_column, passage_column))
+        answer, start = record.get(answer_column), record.get(answer_start_column)
         if answer is not None and not isinstance(answer, str):
             raise UserError(f'{where}: the answer {answer!r} is not a text.')
+        answers = ()
         if answer:
-            start = record.get('answer_start', passage.find(answer))
-            if not isinstance(start, int) or start < 0:
+            start = passage.find(answer) if start in (None, '') else tables.whole(where, answer_start_column, start)
+            if start < 0:
                 raise UserError(f'{where}: the answer {answer!r} is not in the passage.')
             answers = ((answer, start),)
-        yield Question(str(record.get('id', where)), str(tables.column(where, record, 'question')), passage, answers,
-                       'answer' in record, where)
+        yield Question(str(record.get(id_column, where)), question, passage, answers, answer_column in record, where)
 
 
 def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
@@ -102,9 +108,11 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
 
     token_labels hold what `decode` needs: offsets into the passage, and where a token has its widest context.
     """
-    made, owners, starts, ends, begins, finishes, widest = [], [], [], [], [], [], []
+    made, owners, starts, ends, begins, finishes, widest, truncated = [], [], [], [], [], [], [], 0
     for number, question in enumerate(rows):
-        asked = tokenizer.encode(question.text)[:task.settings['max_query_length']]
+        asked = tokenizer.encode(question.text)
+        truncated += len(asked) > task.settings['max_query_length']
+        asked = asked[:task.settings['max_query_length']]
         ids, offsets = tokenizer.encode_with_offsets(question.passage)
         first, last = token_span(question, offsets)
         size = max_length - len(asked) - 3
@@ -126,7 +134,7 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
               (('offset_begins', begins), ('offset_ends', finishes), ('best_context', widest))}
     return encoded.collect(
         made, {'start_positions': np.array(starts, np.int32), 'end_positions': np.array(ends, np.int32)},
-        token_labels=tokens, owners=np.array(owners), pad_id=tokenizer.pad_id, lengths=lengths)
+        token_labels=tokens, owners=np.array(owners), pad_id=tokenizer.pad_id, lengths=lengths, truncated=truncated)
 
 
 def token_span(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[int | None, int | None]:

@@ -97,6 +97,21 @@ def column(where: str, record: dict[str, Any], name: str) -> Any:
     return record[name]
 
 
+def whole(where: str, name: str, value: Any) -> int:
+    """A whole number, as JSON has it or as text.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        number = int(value)
+        if isinstance(value, float) and number != value:
+            raise ValueError
+        return number
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{where}: {name} {value!r} is not a whole number.') from error
+
+
 def cut_dev(rows: Sequence[T], share: float, key: Callable[[T], str], file: str) -> tuple[list[T], list[T]]:
     """(train, dev), by a hash of the content: equal examples fall on one side, whatever the order of the file."""
     def is_dev(row: T) -> bool:

@@ -1,9 +1,9 @@
-"""Token tagging: CoNLL column files -> windows of sentences -> tags of words."""
+"""Token tagging: CoNLL column files and tables -> windows of sentences -> tags of words."""
 
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 
 DOCUMENT = '-DOCSTART-'
+TOO_LONG = 'sentences have a word longer than max_length'
 TAG = re.compile(r'(?:([BIESLU])-(.+))|O')
 
 
@@ -26,7 +27,7 @@ class Sentence:
       words: its words.
       tags: IOB2, one a word; None in a split without labels.
       document: number of its document; context never comes from another one.
-      where: file and line of its first word.
+      where: file and line of its first word, or of its row.
     """
 
     words: tuple[str, ...]
@@ -35,20 +36,64 @@ class Sentence:
     where: str
 
 
-def read(file: str, word_column: int, tag_column: int, scheme: str, labelled: bool) -> list[Sentence]:
-    """Sentences of a column file: a word a line, blank lines between sentences, -DOCSTART- between documents.
+def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bool) -> list[Sentence]:
+    """Sentences of a column file or of a table.
+
+    A column file has a word a line, blank lines between sentences, -DOCSTART- between documents, and columns with
+    spaces or tabs between them. A table (.csv or .jsonl, or columns that are given by name) has a sentence a row, its
+    words and tags as lists or with spaces between them.
 
     Args:
-      file: its path; columns are separated by spaces or tabs.
-      word_column, tag_column: numbers, from 0; negative ones count from the end.
+      file: its path.
+      word_column, tag_column: of a column file numbers, from 0, negative ones from the end ('': the first and the
+        last); of a table names ('': 'words' and 'tags').
       scheme: of its tags: 'iob1', 'iob2' or 'iobes'; IOB2 comes out.
       labelled: whether tags are there.
 
     Raises:
-      UserError: a line with too few columns, a tag that is none of the scheme (file and line), no sentence.
+      UserError: a line with too few columns, a sentence with more words than tags, a tag that is none of the scheme
+        (file and line), no sentence.
     """
     convert = choose('tag scheme', SCHEMES, scheme)
-    sentences, words, tags, document, first = [], [], [], 0, 0
+    named = [name for name in (word_column, tag_column) if name and not re.fullmatch(r'-?\d+', name)]
+    if named or file.endswith(('.csv', '.jsonl', '.json')):
+        sentences = list(_from_table(file, word_column or 'words', tag_column or 'tags', convert, labelled))
+    else:
+        sentences = list(_from_columns(file, int(word_column or 0), int(tag_column or -1), convert, labelled))
+    if not sentences:
+        raise UserError(f'{file}: no sentences in it.')
+    return sentences
+
+
+def _from_table(file: str, word_column: str, tag_column: str, convert: Callable, labelled: bool) -> Iterator[Sentence]:
+    for where, record in tables.read_table(file):
+        words, tags = (_parts_of(where, record, name) if name else None
+                       for name in (word_column, tag_column if labelled else ''))
+        if not words:
+            raise UserError(f'{where}: no words.')
+        if tags is not None:
+            if len(words) != len(tags):
+                raise UserError(f'{where}: {len(words)} words and {len(tags)} tags.')
+            tags = tuple(convert([_checked(where, tag) for tag in tags], lambda at, where=where: where))
+        yield Sentence(tuple(words), tags, 0, where)
+
+
+def _parts_of(where: str, record: dict[str, Any], name: str) -> list[str]:
+    value = tables.column(where, record, name)
+    if not isinstance(value, (str, list)) or not all(isinstance(part, str) for part in value):
+        raise UserError(f'{where}: {name} is neither a text nor a list of texts.')
+    return value.split() if isinstance(value, str) else value
+
+
+def _checked(where: str, tag: str) -> str:
+    if not TAG.fullmatch(tag):
+        raise UserError(f'{where}: {tag!r} is not a tag; O, B-TYPE, I-TYPE are.')
+    return tag
+
+
+def _from_columns(file: str, word_column: int, tag_column: int, convert: Callable, labelled: bool
+                  ) -> Iterator[Sentence]:
+    words, tags, document, first = [], [], 0, 0
     with tables.open_text(file) as lines:
         for number, line in enumerate((*tables.decoded(file, lines), ''), 1):
             fields = re.split(r'[ \t]+', line.strip(' \t\r\n')) if line.strip() else []
@@ -57,22 +102,16 @@ def read(file: str, word_column: int, tag_column: int, scheme: str, labelled: bo
                     first = number
                 try:
                     words.append(fields[word_column])
-                    tags.append(fields[tag_column] if labelled else 'O')
+                    tags.append(_checked(f'{file}:{number}', fields[tag_column]) if labelled else 'O')
                 except IndexError as error:
                     raise UserError(f'{file}:{number}: {len(fields)} columns; word_column is {word_column}, '
                                     f'tag_column {tag_column}.') from error
-                if not TAG.fullmatch(tags[-1]):
-                    raise UserError(f'{file}:{number}: {tags[-1]!r} is not a tag; O, B-TYPE, I-TYPE are.')
                 continue
             if words:
-                where = f'{file}:{first}'
-                sentences.append(Sentence(tuple(words), tuple(convert(tags, file, first)) if labelled else None,
-                                          document, where))
+                found = tuple(convert(tags, lambda at, first=first: f'{file}:{first + at}')) if labelled else None
+                yield Sentence(tuple(words), found, document, f'{file}:{first}')
                 words, tags = [], []
             document += bool(fields)
-    if not sentences:
-        raise UserError(f'{file}: no sentences in it.')
-    return sentences
 
 
 def _parts(tags: Sequence[str]) -> Iterator[tuple[int, str, str, str, str]]:
@@ -84,31 +123,31 @@ def _parts(tags: Sequence[str]) -> Iterator[tuple[int, str, str, str, str]]:
         before = (prefix, kind)
 
 
-def _from_iob1(tags: Sequence[str], file: str, line: int) -> Iterator[str]:
+def _from_iob1(tags: Sequence[str], where: Callable[[int], str]) -> Iterator[str]:
     """B- only where an entity follows another of its type."""
     for at, prefix, kind, before, kind_before in _parts(tags):
         if prefix not in 'OIB':
-            raise UserError(f'{file}:{line + at}: {tags[at]!r} is not IOB1.')
+            raise UserError(f'{where(at)}: {tags[at]!r} is not IOB1.')
         starts = prefix == 'B' or before == 'O' or kind != kind_before
         yield 'O' if prefix == 'O' else f'{"B" if starts else "I"}-{kind}'
 
 
-def _from_iob2(tags: Sequence[str], file: str, line: int) -> Iterator[str]:
+def _from_iob2(tags: Sequence[str], where: Callable[[int], str]) -> Iterator[str]:
     """B- at every entity's first word."""
     for at, prefix, kind, before, kind_before in _parts(tags):
         if prefix not in 'OIB' or (prefix == 'I' and (before == 'O' or kind != kind_before)):
-            raise UserError(f'{file}:{line + at}: {tags[at]!r} is not IOB2 after '
+            raise UserError(f'{where(at)}: {tags[at]!r} is not IOB2 after '
                             f'{tags[at - 1] if at else "nothing"!r}; is the file IOB1 (scheme=iob1)?')
         yield tags[at]
 
 
-def _from_iobes(tags: Sequence[str], file: str, line: int) -> Iterator[str]:
+def _from_iobes(tags: Sequence[str], where: Callable[[int], str]) -> Iterator[str]:
     """E- (L-) at an entity's last word, S- (U-) at its only one."""
     for at, prefix, kind, before, kind_before in _parts([*tags, 'O']):
         goes_on = before in 'BI'
         if (prefix in 'IEL') != goes_on or (goes_on and kind != kind_before):
             here = repr(tags[at]) if at < len(tags) else "the sentence's end"
-            raise UserError(f'{file}:{line + min(at, len(tags) - 1)}: {here} is not IOBES after '
+            raise UserError(f'{where(min(at, len(tags) - 1))}: {here} is not IOBES after '
                             f'{tags[at - 1] if at else "nothing"!r}.')
         if at < len(tags):
             yield 'O' if prefix == 'O' else f'{"B" if prefix in "BSU" else "I"}-{kind}'
@@ -123,9 +162,10 @@ def with_tags(task: Task) -> Task:
     labels = task.labels or ('O', *(f'{prefix}-{kind}' for kind in types for prefix in 'BI'))
     for sentences in task.splits.values():
         for sentence in sentences:
-            for tag in sentence.tags or ():
+            for word, tag in zip(sentence.words, sentence.tags or ()):
                 if tag not in labels:
-                    raise UserError(f'{sentence.where}: tag {tag!r} is not in the label set: {", ".join(labels)}.')
+                    raise UserError(f'{sentence.where}: tag {tag!r} of {word!r} is not in the label set: '
+                                    f'{", ".join(labels)}.')
     return dataclasses.replace(task, labels=labels)
 
 
@@ -137,7 +177,9 @@ def encode(task: Task, rows: Sequence[Sentence], tokenizer: Tokenizer, max_lengt
     `document_context` every window is filled up with the sentences around (Devlin et al. 2019, 5.3).
     """
     budget = max_length - 2
-    pieces = [[(tokenizer.encode(word) or [tokenizer.unk_id])[:budget] for word in row.words] for row in rows]
+    whole = [[tokenizer.encode(word) or [tokenizer.unk_id] for word in row.words] for row in rows]
+    truncated = sum(any(len(word) > budget for word in words) for words in whole)
+    pieces = [[word[:budget] for word in words] for words in whole]
     made, label_ids, words, owners = [], [], [], []
     first_word = np.cumsum([0, *(len(row.words) for row in rows)])
     for number, row in enumerate(rows):
@@ -161,7 +203,7 @@ def encode(task: Task, rows: Sequence[Sentence], tokenizer: Tokenizer, max_lengt
             owners.append(number)
     flat = {'label_ids': np.array(label_ids, np.int32), 'words': np.array(words, np.int32)}
     return encoded.collect(made, {}, pad_id=tokenizer.pad_id, lengths=lengths, owners=np.array(owners),
-                           token_labels=flat)
+                           token_labels=flat, truncated=truncated)
 
 
 def _cores(sizes: list[int], budget: int) -> Iterator[tuple[int, int]]:
@@ -205,16 +247,21 @@ def _document(rows: Sequence[Sentence], number: int, pieces: list[list[list[int]
 
 def decode(task: Task, rows: Sequence[Sentence], data: encoded.Encoded, outputs: dict[str, np.ndarray]
            ) -> list[dict[str, Any]]:
-    """{'tags', 'entities': [{'type', 'begin', 'end', 'text'}]} a sentence; positions are words."""
-    tags = np.zeros(sum(len(row.words) for row in rows), np.int64)
-    flat = np.concatenate([logits.argmax(-1) for logits in outputs['logits']])        # a window each, unpadded
+    """{'tags', 'scores', 'entities': [{'type', 'begin', 'end', 'text', 'score'}]} a sentence; positions are words.
+
+    A word's score is its tag's probability, an entity's the mean of its words'.
+    """
     places = data.token_labels['words'] >= 0
-    tags[data.token_labels['words'][places]] = flat[places]
+    p = scores.softmax(np.concatenate(outputs['logits'])[places])                      # windows unpadded: [words, C]
+    p = p[np.argsort(data.token_labels['words'][places])]
     found, at = [], 0
     for row in rows:
-        names = [task.labels[i] for i in tags[at:at + len(row.words)]]
+        here = p[at:at + len(row.words)]
         at += len(row.words)
-        found.append({'tags': names, 'entities': entities(row.words, names)})
+        names, values = [task.labels[i] for i in here.argmax(-1)], here.max(-1)
+        found.append({'tags': names, 'scores': values.round(6).tolist(), 'entities': [
+            entity | {'score': round(float(values[entity['begin']:entity['end']].mean()), 6)}
+            for entity in entities(row.words, names)]})
     return found
 
 

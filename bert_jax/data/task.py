@@ -16,7 +16,7 @@ class Task:
       best: the score, on the first dev split, that chooses a checkpoint.
       settings: of the kind (max_query_length, document_context, ...).
       submission: split -> GLUE's name for its file of predictions.
-      skipped: broken rows that were left out, in words; '' for none.
+      notes: on what was left out, in words.
     """
 
     kind: str
@@ -25,4 +25,4 @@ class Task:
     best: str = 'accuracy'
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     submission: dict[str, str] = dataclasses.field(default_factory=dict)
-    skipped: str = ''
+    notes: tuple[str, ...] = ()

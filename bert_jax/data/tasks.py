@@ -68,37 +68,47 @@ def own_texts(kind: str, *, train_file: str, dev_file: str, test_file: str, text
     return texts.with_classes(Task(kind, splits, tuple(map(str, labels))))
 
 
-def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: int, tag_column: int, scheme: str,
-            document_context: bool, labels: Sequence[str], dev_share: float) -> Task:
-    """CoNLL column files; see `tags.read`. A test file is predicted, with or without tags; it is not scored."""
+def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str, tag_column: str, scheme: str,
+            labels: Sequence[str], dev_share: float, **settings: Any) -> Task:
+    """CoNLL column files and tables; see `tags.read`. A test file is predicted, with or without tags, not scored.
+
+    For the other settings see `conll2003`.
+    """
     read = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme)
     splits = _splits(train_file, dev_file, test_file, functools.partial(read, labelled=True),
                      functools.partial(read, labelled=False), dev_share, lambda row: ' '.join(row.words))
-    settings = {'document_context': document_context}
-    return tags.with_tags(Task('tagging', splits, tuple(map(str, labels)), 'f1', settings))
+    return _tagging(splits, tuple(map(str, labels)), **settings)
 
 
-def conll2003(*, folder: str, document_context: bool, features: str, lstm_size: int) -> Task:
+def conll2003(*, folder: str, **settings: Any) -> Task:
     """eng.train, eng.testa (dev) and eng.testb (test, scored too), IOB1 tags in the last column.
 
-    With `features` a BiLSTM of `lstm_size` reads activations of the encoder (see heads.BiLstmTagging), which
-    `--config.frozen` keeps as they are.
+    Args:
+      folder: where they are.
+      settings: document_context, to fill windows up with the sentences around; features, FEATURES that a BiLSTM of
+        lstm_size reads from the encoder, which then stays as it is (see heads.BiLstmTagging), or ''.
     """
     if not folder:
         raise UserError('--config.task.folder=FOLDER is missing: the folder with eng.train, eng.testa and eng.testb.')
-    splits = {split: tags.read(f'{folder}/eng.{name}', 0, -1, 'iob1', labelled=True)
+    splits = {split: tags.read(f'{folder}/eng.{name}', '', '', 'iob1', labelled=True)
               for split, name in (('train', 'train'), ('dev', 'testa'), ('test', 'testb'))}
+    return _tagging(splits, (), **settings)
+
+
+def _tagging(splits: dict[str, list[Any]], labels: tuple[str, ...], *, document_context: bool, features: str,
+             lstm_size: int) -> Task:
     if features and features not in FEATURES:
         raise unknown('features', features, FEATURES)
     settings = {'document_context': document_context} | (
         {'features': features, 'lstm_size': lstm_size} if features else {})
-    return tags.with_tags(Task('bilstm_tagging' if features else 'tagging', splits, (), 'f1', settings))
+    return tags.with_tags(Task('bilstm_tagging' if features else 'tagging', splits, labels, 'f1', settings))
 
 
 def span(*, train_file: str, dev_file: str, test_file: str, null_answers: bool, stride: int, max_query_length: int,
-         max_answer_length: int, n_best: int, dev_share: float) -> Task:
-    """SQuAD 1.1 and 2.0 (.json), or JSON lines; see `spans.read`."""
-    splits = _splits(train_file, dev_file, test_file, spans.read, spans.read, dev_share, lambda row: row.passage)
+         max_answer_length: int, n_best: int, dev_share: float, **columns: str) -> Task:
+    """SQuAD 1.1 and 2.0 (.json), or tables; see `spans.read`, also for their columns."""
+    read = functools.partial(spans.read, **columns)
+    splits = _splits(train_file, dev_file, test_file, read, read, dev_share, lambda row: row.passage)
     if stride < 1:
         raise UserError(f'--config.task.stride={stride}: one or more is expected.')
     for split in ('train', 'dev'):
@@ -115,9 +125,9 @@ def span(*, train_file: str, dev_file: str, test_file: str, null_answers: bool, 
         'max_answer_length': max_answer_length, 'n_best': n_best, 'null_threshold': None})
 
 
-def choice(*, train_file: str, dev_file: str, test_file: str, format: str, dev_share: float) -> Task:
-    """SWAG's CSV, CommonsenseQA's JSON lines, or plain JSON lines; see `choices.read`."""
-    read = functools.partial(choices.read, form=format)
+def choice(*, train_file: str, dev_file: str, test_file: str, format: str, dev_share: float, **columns: Any) -> Task:
+    """SWAG's CSV, CommonsenseQA's JSON lines, or tables; see `choices.read`, also for their columns."""
+    read = functools.partial(choices.read, form=format, **columns)
     splits = _splits(train_file, dev_file, test_file, read, read, dev_share, lambda row: row.context)
     task = Task('choice', splits)
     for split in ('train', 'dev'):

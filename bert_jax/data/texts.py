@@ -16,6 +16,8 @@ from bert_jax.data import encoded, tables
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 
+TOO_LONG = 'rows are longer than max_length'
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -146,13 +148,38 @@ def score(task: Task, rows: Sequence[Row], outputs: dict[str, np.ndarray], predi
 
 
 def baseline(task: Task, rows: Sequence[Row]) -> dict[str, float]:
-    """What always saying the training split's most frequent label, or its mean, scores on `rows`."""
-    train = [row.label for row in task.splits['train']]
+    """What can be scored without reading: always the training split's most frequent label, its mean, one of two labels;
+    and of lengths alone, the most frequent label (the mean) of the training rows with as many words as this one.
+    """
+    train, truth = task.splits['train'], [row.label for row in rows]
+    by_length: dict[int, list[Any]] = {}
+    for row in train:
+        by_length.setdefault(_length(row), []).append(row.label)
+    every = [row.label for row in train]
     if task.kind == 'regression':
-        truth = np.array([row.label for row in rows])
-        return {'baseline_mse': float(np.mean((truth - np.mean(train)) ** 2))}
-    ((label, _),) = Counter(train).most_common(1)
-    return {'majority_accuracy': float(np.mean([row.label == label for row in rows]))}
+        guesses = [np.mean(by_length.get(_length(row), every)) for row in rows]
+        return {'mean_mse': float(np.mean((np.array(truth) - np.mean(every)) ** 2)),
+                **{f'length_{name}': value for name, value in scores.regression(guesses, truth).items()}}
+    common = _most_common(every)
+    most = {'majority_accuracy': float(np.mean([label == common for label in truth]))}
+    if task.kind == 'multilabel':
+        return most
+    of_length = {length: _most_common(labels) for length, labels in by_length.items()}
+    guesses = [of_length.get(_length(row), common) for row in rows]
+    most['length_accuracy'] = float(np.mean([label == guess for label, guess in zip(truth, guesses)]))
+    if len(task.labels) == 2:
+        share = float(np.mean([label == task.labels[1] for label in truth]))
+        most['always_f1'] = 2 * share / (1 + share)  # of always the second label
+    return most
+
+
+def _length(row: Row) -> int:
+    """Words of a text; of a pair, how many the first has more than the second."""
+    return len(row.text.split()) - len((row.pair or '').split())
+
+
+def _most_common(labels: Sequence[Any]) -> Any:
+    return Counter(labels).most_common(1)[0][0]
 
 
 def labelled(rows: Sequence[Row]) -> bool:

@@ -1,0 +1,130 @@
+"""Labelled examples as batches without padding: several short ones share a row, as in pre-training (see packing.py).
+
+The examples are dealt out like cards, longest first, so that every batch has about as many tokens as every other: one
+shape, and one compiled program, holds them all, and the rows are full.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from bert_jax.data import packing
+from bert_jax.data.encoded import STEP, Encoded
+
+SEAT = 4     # tokens of a row for each example that may sit in it
+SAMPLE = 64  # batches, those with the most tokens, by which the length of rows is chosen
+ATTENTION = 6 * 768  # tokens in a row at which attention costs as much as all else, in BERT-base
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed(Encoded):
+    """Examples of which several share a row; their labels and outputs are [rows * seats, ...], most of them empty.
+
+    Attributes:
+      row_length: L of the rows.
+      multiple: of what the number of rows is a multiple (the devices, say).
+    """
+
+    row_length: int = 0
+    multiple: int = 1
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """int64 [N], tokens of each example's rows together."""
+        return np.diff(self.starts).reshape(-1, self.group).sum(1)
+
+    @property
+    def seats(self) -> int:
+        """The most examples in a row."""
+        return max(1, self.row_length // SEAT // self.group)
+
+    def arrange(self, order: np.ndarray, batch_size: int) -> np.ndarray:
+        """The same examples dealt out, so that whole batches have about as many tokens each."""
+        whole = len(order) // batch_size * batch_size
+        hands = order[:whole][np.argsort(-self.sizes[order[:whole]], kind='stable')].reshape(batch_size, -1)
+        hands[1::2] = hands[1::2, ::-1].copy()
+        return np.concatenate([hands.T.ravel(), order[whole:]])
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """(the example at each place of the outputs, -1 for none; batch): every example once."""
+        order = self.arrange(np.arange(len(self)), batch_size)
+        parts = [order[start:start + batch_size] for start in range(0, len(self), batch_size)]
+        rows = [self._fill(part) for part in parts]
+        count = self._rounded(max(map(len, rows)))
+        yield from (self._lay(part, one, count) for part, one in zip(parts, rows))
+
+    def make(self, examples: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+        """The examples as arrays [R, L], their labels [R * seats * group, ...].
+
+        R is what the first epoch's batches need; one that needs more has more, at the price of a compilation.
+        """
+        rows = self._fill(examples)
+        return self._lay(examples, rows, max(self._rows(batch_size), self._rounded(len(rows))))[1]
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - a run holds one of these for its whole life
+    def _rows(self, batch_size: int) -> int:
+        order = self.epoch(0, batch_size, 0)
+        return self._rounded(max(len(self._fill(order[start:start + batch_size]))
+                                 for start in range(0, len(order), batch_size)))
+
+    def fullest(self, batch_size: int) -> list[np.ndarray]:
+        """The examples of the batches with the most tokens, of the first epoch."""
+        order = self.epoch(0, batch_size, 0)
+        parts = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+        return sorted(parts, key=lambda part: -self.sizes[part].sum())[:SAMPLE]
+
+    def _rounded(self, rows: int) -> int:
+        return -(-rows // self.multiple) * self.multiple
+
+    def _fill(self, examples: np.ndarray) -> list[list[int]]:
+        return packing.fill(self.sizes[examples].tolist(), self.row_length, self.seats)
+
+    def _lay(self, examples: np.ndarray, filled: Sequence[Sequence[int]], count: int
+             ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(the example at each seat, batch): the examples of a row one after the other, in `count` rows."""
+        order = examples[np.concatenate(filled)]
+        owner = np.repeat(np.arange(len(filled)), [len(one) for one in filled])
+        place = owner * self.seats + np.concatenate([np.arange(len(one)) for one in filled])
+        numbers = np.full(count * self.seats, -1)
+        numbers[place] = order
+
+        rows, seat = ((x[:, None] * self.group + np.arange(self.group)).ravel() for x in (order, place))
+        owner, sizes = np.repeat(owner, self.group), self.starts[rows + 1] - self.starts[rows]
+        first = packing.before(owner, sizes)                                          # where each begins in its row
+        inside = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # a token's place in its own text
+        at = np.repeat(owner, sizes), np.repeat(first, sizes) + inside
+        seats = self.seats * self.group
+
+        def tokens(values: np.ndarray, empty: int = 0) -> np.ndarray:
+            made = np.full((count, self.row_length), empty, np.int32)
+            made[at] = values
+            return made
+
+        def by_seat(values: np.ndarray) -> np.ndarray:
+            made = np.zeros((count * seats, *values.shape[1:]), values.dtype)
+            made[seat] = values
+            return made
+
+        return numbers, {
+            'input_ids': tokens(self.ids[np.repeat(self.starts[rows], sizes) + inside], self.pad_id),
+            'input_mask': tokens(np.repeat(seat % seats + 1, sizes)),
+            'segment_ids': tokens(inside >= np.repeat(self.a_lengths[rows], sizes)),
+            'position_ids': tokens(inside),
+            'cls_positions': by_seat(first.astype(np.int32)).reshape(count, seats),
+            **{name: by_seat(values[rows]) for name, values in self.labels.items()}}
+
+
+def pack(data: Encoded, batch_size: int, multiple: int) -> Packed:
+    """The same examples, in rows of the length that costs least; for targets that read [CLS] alone."""
+    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(Encoded)}
+    longest = -(-int(Packed(**fields).sizes.max()) // STEP) * STEP
+    best = None
+    for length in range(longest, 2 * longest + 1, STEP):
+        made = Packed(**fields, row_length=length, multiple=multiple)
+        rows = max(len(made._fill(one)) for one in made.fullest(batch_size))
+        cost = made._rounded(rows) * length * (1 + length / ATTENTION)
+        if best is None or cost < best[0]:
+            best = cost, made
+    return best[1]
