@@ -68,7 +68,8 @@ def check(config: ConfigDict, args: argparse.Namespace) -> list[dict[str, Any]]:
     name = args.topology or ('topology' in config and config.topology)
     if not name:
         raise UserError('--topology NAME is missing, for example v5e-16.')
-    devices = topology.devices(name, args.slices or ('slices' in config and config.slices) or 1)
+    slices = args.slices if args.slices is not None else config.get('slices', 1)
+    devices = topology.devices(name, slices)
     if not config.model.embeddings.vocab_size:
         config.model.embeddings.vocab_size = VOCAB_SIZE
     if args.output and not pathlib.Path(args.output).parent.is_dir():

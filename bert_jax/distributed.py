@@ -83,9 +83,11 @@ def join(args: argparse.Namespace) -> None:
 
 
 def _too_late(args: argparse.Namespace) -> None:
-    from jax._src.distributed import global_state  # what `auto` has found; nothing public says it
+    address = args.coordinator
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src.distributed import global_state  # what `auto` has found; nothing public says it
 
-    address = getattr(global_state, 'coordinator_address', None) or args.coordinator
+        address = global_state.coordinator_address or address
     _say_and_exit(f'Not all processes came together within {args.join_seconds} s (coordinator {address}): is the same '
                   'command running on every host, each with a --process_id of its own?', 2)
 

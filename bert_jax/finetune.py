@@ -83,6 +83,7 @@ class Job:
       task, kind: what is learned.
       source: the pre-trained model.
       data: split -> its examples as ids.
+      packed: whether several of them share a row.
       model_config: the checkpoint's embeddings and encoder, this task's target.
       init: seed -> a fresh state.
       step, eval_step: jitted.
@@ -99,6 +100,7 @@ class Job:
         frozen = tuple(config.frozen) or (('embeddings', 'encoder') if 'features' in options else ())
         self.model_config = describe_model(config, self.source.model, self.kind.target, options, frozen)
         self.mesh = partition.make_mesh(config.mesh)
+        self.packed = config.packed and HEADS[self.kind.target].uses_pooled
         self.data = self._encode(config)
         _print_task(config, self.task, self.kind.module.TOO_LONG, self.data)
         self.model = models.build(self.model_config)
@@ -127,7 +129,7 @@ class Job:
                                            lengths)
 
         splits = [split for split, found in self.task.splits.items() if found]
-        if config.packed and HEADS[self.kind.target].uses_pooled:
+        if self.packed:
             multiple = partition.data_devices(self.mesh) * config.accumulation
             return {split: packed.pack(encode(split, (config.max_length,)), config.batch_size, multiple)
                     for split in splits}
@@ -163,7 +165,7 @@ def describe_model(config: ConfigDict, source: ConfigDict, target: str, options:
 
 def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     """One run in its own workdir; returns the scores of its best checkpoint."""
-    if not isinstance(job.data['train'], packed.Packed):
+    if not job.packed:
         examples.check_batch_size(config.batch_size, partition.data_devices(job.mesh), config.accumulation)
     with config.unlocked():
         config.model = job.model_config
@@ -267,10 +269,8 @@ def _finish(job: Job, split: str, params: Any, results: dict[str, float], batch_
 
 def _print_task(config: ConfigDict, task: Task, too_long: str, data: dict[str, encoded.Encoded]) -> None:
     sizes = ', '.join(f'{len(rows):,} {split}' for split, rows in task.splits.items() if rows)
-    shape = (f'several in a row of {data["train"].row_length}' if isinstance(data['train'], packed.Packed)
-             else f'lengths {", ".join(map(str, data["train"].lengths))}')
     labels = f'; labels: {", ".join(task.labels)}' if task.labels else ''
-    print(f'{config.task.name}: {sizes}{labels}; {shape}')
+    print(f'{config.task.name}: {sizes}{labels}; {data["train"].shapes}')
     for note in task.notes:
         print(f'note: {note}.')
     for split, rows in data.items():

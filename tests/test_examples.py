@@ -239,7 +239,7 @@ def test_draws_are_uniform_and_independent():
 
 
 def test_a_batch_that_cannot_be_cut_names_one_that_can():
-    with pytest.raises(UserError, match='batch .* of 30 is not divisible by 4 devices x 2 micro-batches; .* 32'):
+    with pytest.raises(UserError, match='batch of 30 is not divisible by 4 devices x 2 micro-batches; .* 32'):
         examples.check_batch_size(30, 4, 2)
 
 

@@ -54,8 +54,9 @@ def load_config(pretrained, train, *overrides):
 @pytest.fixture(scope='module')
 def tuned(pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp('tuned')
-    train, dev, test = (write(folder / f'{n}.csv', rows(c, s)) for s, (n, c) in enumerate((('train', 150), ('dev', 41), ('test', 7))))
-    args = settings(pretrained, train, f'--config.task.dev_file={dev}', f'--config.task.test_file={test}', '--config.epochs=10')
+    train, dev, test = (write(folder / f'{n}.csv', rows(c, s)) for s, (n, c) in enumerate((('train', 600), ('dev', 41), ('test', 7))))
+    args = settings(pretrained, train, f'--config.task.dev_file={dev}', f'--config.task.test_file={test}', '--config.epochs=5',
+                    '--config.schedule.peak=1e-3')
     result = run_module('finetune', *args, '--workdir', folder / 'work')
     assert result.returncode == 0, result.stderr
     return folder / 'work', args
@@ -80,7 +81,7 @@ def test_a_finished_run_is_not_repeated(tuned):
     work, args = tuned
     before = {p: p.stat().st_mtime for p in work.rglob('checkpoints/**/*')}
     result = run_module('finetune', *args, '--workdir', work)
-    assert result.returncode == 0 and 'resuming at step 190 of 190' in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and 'resuming at step 375 of 375' in result.stdout, result.stdout + result.stderr
     assert before == {p: p.stat().st_mtime for p in work.rglob('checkpoints/**/*')}
 
 

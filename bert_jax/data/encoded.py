@@ -51,6 +51,11 @@ class Encoded:
         """int64 [N], tokens of each example's longest row."""
         return np.diff(self.starts).reshape(-1, self.group).max(1)
 
+    @property
+    def shapes(self) -> str:
+        """The shapes of rows, for people."""
+        return f'lengths {", ".join(map(str, self.lengths))}'
+
     def steps(self, batch_size: int) -> int:
         """Batches an epoch; the last may be padded."""
         return -(-len(self) // batch_size)

@@ -36,15 +36,28 @@ class Packed(Encoded):
         return np.diff(self.starts).reshape(-1, self.group).sum(1)
 
     @property
+    def shapes(self) -> str:
+        """The shape of rows, for people."""
+        return f'several in a row of {self.row_length}'
+
+    @property
     def seats(self) -> int:
         """The most examples in a row."""
         return max(1, self.row_length // SEAT // self.group)
 
     def arrange(self, order: np.ndarray, batch_size: int) -> np.ndarray:
-        """The same examples dealt out, so that whole batches have about as many tokens each."""
+        """The same examples dealt out, so that whole batches have about as many tokens each.
+
+        A hand is as many examples of like length as there are batches: one for each. The shorter ones are dealt as they
+        come; of the long ones a batch that has few tokens gets the longest.
+        """
         whole = len(order) // batch_size * batch_size
-        hands = order[:whole][np.argsort(-self.sizes[order[:whole]], kind='stable')].reshape(batch_size, -1)
-        hands[1::2] = hands[1::2, ::-1].copy()
+        hands = order[np.sort(np.argsort(-self.sizes[order[:whole]], kind='stable').reshape(batch_size, -1))]
+        balancing = batch_size // 4
+        total = self.sizes[hands[balancing:]].sum(0)
+        for hand in hands[:balancing]:
+            hand[np.argsort(total, kind='stable')] = hand[np.argsort(-self.sizes[hand], kind='stable')]
+            total += self.sizes[hand]
         return np.concatenate([hands.T.ravel(), order[whole:]])
 
     def evaluation_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
