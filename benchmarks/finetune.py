@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+import train_step
+
 ROOT = pathlib.Path(__file__).parent.parent
 SIDES = ('ours', 'trainer', 'trainer_padded')
 
@@ -35,8 +37,7 @@ def main():
     args = parser.parse_args()
     if args.side:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-        rate, accuracy = {'ours': ours, 'trainer': trainer, 'trainer_padded': trainer}[args.side](args)
-        print(json.dumps({'rate': rate, 'accuracy': accuracy}))
+        print(json.dumps({'ours': ours, 'trainer': trainer, 'trainer_padded': trainer}[args.side](args)))
         return
     with tempfile.TemporaryDirectory() as work:
         prepare(args, pathlib.Path(work))
@@ -49,12 +50,15 @@ def main():
                                           env=os.environ | {'JAX_COMPILATION_CACHE_DIR': cache, 'PYTHONPATH': str(ROOT)})
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
                 print(number, side, found[side][-1], flush=True)
-    medians = {side: statistics.median(one['rate'] for one in runs) for side, runs in found.items()}
+    peak, first = train_step.matmul_peak(), next(iter(found))
+    work = found['ours'][0]['work'] / args.examples if 'ours' in found else 0
+    print(f'matmul peak measured: {peak / 1e12:.3f} TFLOP/s; {", ".join(train_step.versions())}')
     for side, runs in found.items():
         rates, accuracies = ([one[name] for one in runs] for name in ('rate', 'accuracy'))
-        print(f'{side:<16}{medians[side]:8.2f} examples/s ({min(rates):.2f}-{max(rates):.2f}, n = {len(rates)}), dev accuracy '
-              f'{statistics.mean(accuracies):.3f} ± {statistics.stdev(accuracies):.3f}; '
-              f'ours is {medians["ours"] / medians[side]:.2f} times as fast')
+        ratios = sorted(one['rate'] / other['rate'] for one, other in zip(found[first], runs))
+        print(f'{side:<16}{statistics.median(rates):8.2f} examples/s ({min(rates):.2f}-{max(rates):.2f}, n = {len(rates)}); '
+              f'{statistics.median(rates) * work / peak:.0%} of the matmul peak, real tokens alone; dev accuracy {statistics.mean(accuracies):.3f} '
+              f'± {statistics.pstdev(accuracies):.3f}; {first} / this: {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})')
 
 
 def prepare(args, work):
@@ -74,8 +78,7 @@ def prepare(args, work):
 
 
 def ours(args):
-    """(examples/s, dev accuracy)."""
-    from bert_jax import cli, finetune, train
+    from bert_jax import cli, finetune, flops, train
 
     config = cli.load_config(str(ROOT / 'configs/finetune.py') + ':sst2', [
         f'--config.init_from={args.work}/model', f'--config.task.folder={args.work}', '--config.epochs=1.0', '--config.log_every=1000',
@@ -104,11 +107,16 @@ def ours(args):
 
         finetune._train(job, config, finetune._initial(job, config), checkpoints, epath.Path(folder))
         sys.stdout = stdout
-    return args.examples / seconds[0], scores['accuracy']
+    sizes, encoder = job.data['train'].sizes.astype(float), job.model_config.encoder
+    work = flops.sequence_flops(num_layers=encoder.num_layers, hidden_size=job.model_config.embeddings.hidden_size, mlp_size=encoder.mlp_size,
+                                vocab_size=0, tokens=sizes.sum(), squared_tokens=(sizes**2).sum(), predictions=0)
+    return {'rate': args.examples / seconds[0], 'accuracy': scores['accuracy'], 'work': work}
 
 
 def trainer(args):
-    """(examples/s, dev accuracy)."""
+    from bert_jax import memory
+
+    memory.keep_freed()  # what helps our steps on CPUs helps PyTorch's, too
     import numpy as np
     import torch
     import transformers
@@ -135,7 +143,7 @@ def trainer(args):
         start = time.perf_counter()
         peer.train()
         seconds = time.perf_counter() - start
-        return args.examples / seconds, peer.evaluate()['eval_accuracy']
+        return {'rate': args.examples / seconds, 'accuracy': peer.evaluate()['eval_accuracy']}
 
 
 if __name__ == '__main__':

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 
+import train_step
+
 ROOT = pathlib.Path(__file__).parent.parent
 SIDES = ('ours', 'pipeline_1', 'pipeline_8', 'pipeline_32')
 
@@ -32,7 +34,7 @@ def main():
         serve(*args.side)
         return
     with tempfile.TemporaryDirectory() as folder:
-        prepare(args, pathlib.Path(folder))
+        work = prepare(args, pathlib.Path(folder))
         processes = {side: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], '--side', side, folder], text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
                                             env=os.environ | {'PYTHONPATH': str(ROOT)}) for side in SIDES}
@@ -43,18 +45,22 @@ def main():
                 process.stdin.flush()
                 seconds, scores = json.loads(process.stdout.readline())
                 if turn:
-                    rates[side].append(args.texts / seconds)
+                    rates[side].append(len(scores) / seconds)
                 expected.setdefault('scores', scores)
                 assert max(abs(a - b) for a, b in zip(expected['scores'], scores)) < 1e-4, side
         for process in processes.values():
             process.communicate()
-    ours = statistics.median(rates['ours'])
+    peak = train_step.matmul_peak()
+    print(f'matmul peak measured: {peak / 1e12:.3f} TFLOP/s; {", ".join(train_step.versions())}')
     for side, found in rates.items():
+        ratios = sorted(ours / other for ours, other in zip(rates['ours'], found))
         print(f'{side:<16}{statistics.median(found):8.1f} texts/s ({min(found):.1f}-{max(found):.1f}, n = {len(found)}); '
-              f'ours / this: {ours / statistics.median(found):.2f}')
+              f'{statistics.median(found) * work / peak:.0%} of the matmul peak, real tokens alone; '
+              f'ours / this: {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})')
 
 
 def prepare(args, folder):
+    """The model and the texts; returns the FLOPs that a text takes."""
     import inspect
     import pkgutil
     import pydoc
@@ -62,7 +68,9 @@ def prepare(args, folder):
 
     import transformers
 
-    config = transformers.BertConfig(num_hidden_layers=args.layers, num_labels=2, vocab_size=pathlib.Path(args.vocab).read_text().count('\n'))
+    from bert_jax import flops
+
+    config = transformers.BertConfig(num_hidden_layers=args.layers, num_labels=2, vocab_size=len(pathlib.Path(args.vocab).read_text().splitlines()))
     transformers.BertForSequenceClassification(config).save_pretrained(folder / 'hf')
     shutil.copy(args.vocab, folder / 'hf' / 'vocab.txt')
     (folder / 'hf' / 'tokenizer_config.json').write_text('{"do_lower_case": true, "tokenizer_class": "BertTokenizer"}')
@@ -73,7 +81,14 @@ def prepare(args, folder):
                 text = inspect.getdoc(value)
                 if text and len(text) > 20:
                     texts.append(' '.join(text.split('\n\n')[0].split()))
-    (folder / 'texts.json').write_text(json.dumps(texts[:args.texts]))
+    texts = texts[:args.texts]
+    (folder / 'texts.json').write_text(json.dumps(texts))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / 'hf')
+    sizes = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=512)['input_ids']]
+    forward_and_backward = flops.sequence_flops(
+        num_layers=config.num_hidden_layers, hidden_size=config.hidden_size, mlp_size=config.intermediate_size, vocab_size=0,
+        tokens=statistics.mean(sizes), squared_tokens=statistics.mean(size**2 for size in sizes), predictions=0)
+    return forward_and_backward / 3
 
 
 def serve(side, folder):
@@ -87,7 +102,7 @@ def serve(side, folder):
         import torch
         import transformers
 
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         model = transformers.pipeline('text-classification', f'{folder}/hf', batch_size=int(side.split('_')[1]), top_k=None)
         call = lambda: [next(label['score'] for label in one if label['label'] == 'LABEL_0') for one in model(texts, truncation=True)]  # noqa: E731
     for _ in sys.stdin:

@@ -2,9 +2,9 @@
 
     python benchmarks/prepare.py --input "$DATA/*.txt" --tokenizer vocab.txt --megabytes 100 1000 --repeats 5
 
-The text is repeated, with a number before each copy's documents, until it has the size asked for. Memory is the
-largest sum of resident memory over all processes, sampled ten times a second. With --peers, on --peer_megabytes of the
-same text: `datasets.map` with a fast tokenizer, batched, two processes, which leaves ids of lines; and a plain Python loop that
+Text that is shorter than the size asked for is repeated, with a number before each copy's documents (and its words are
+known by then, which is said). Memory is the largest sum of resident memory over all processes, sampled ten times a second.
+With --peers, on --peer_megabytes of the same text, ours and `datasets.map` with a fast tokenizer, batched, two processes, which leaves ids of lines; and a plain Python loop that
 does what create_pretraining_data.py does for one copy at length 128: tokenizes, pairs, masks, writes TFRecords.
 """
 
@@ -35,36 +35,36 @@ def main():
         name, text, output = args.peer
         print({'datasets': map_datasets, 'python_loop': python_loop}[name](text, args.tokenizer, output))
         return
-    if args.peers:
-        compare(args)
     for number, size in enumerate(args.megabytes):
         with tempfile.TemporaryDirectory() as folder:
-            text = enlarge(args.input, pathlib.Path(folder) / 'text.txt', size * 10**6)
+            text, copies = enlarge(args.input, pathlib.Path(folder) / 'text.txt', size * 10**6)
             runs = [run(text, args.tokenizer, pathlib.Path(folder) / f'store{i}')
                     for i in range(args.repeats if number == 0 else 1)]
         rates = [text_bytes / seconds / 1e6 for seconds, _, text_bytes, _ in runs]
-        print(f'{size} MB: {statistics.median(rates):.1f} MB/s ({min(rates):.1f}-{max(rates):.1f}, n = {len(runs)}), '
+        print(f'{size} MB{f", the text {copies:.1f} times" if copies > 1 else ""}: {statistics.median(rates):.1f} MB/s ({min(rates):.1f}-{max(rates):.1f}, n = {len(runs)}), '
               f'peak memory of all processes {max(peak for _, peak, _, _ in runs) / 1e6:.0f} MB, '
-              f'{runs[0][3]:.2f} bytes a token')
+              f'{runs[0][3]:.2f} bytes a token', flush=True)
+    if args.peers:
+        compare(args)
 
 
 def compare(args):
     """Each side in a fresh process, in turn, on the same text; the peers' seconds begin after their imports, ours before."""
     sides = {'bert_jax': [], 'datasets': [], 'python_loop': []}
     with tempfile.TemporaryDirectory() as folder:
-        text = enlarge(args.input, pathlib.Path(folder) / 'text.txt', args.peer_megabytes * 10**6)
-        short = enlarge(args.input, pathlib.Path(folder) / 'short.txt', 10**6)  # the loop has one speed, and it is low
+        text, _ = enlarge(args.input, pathlib.Path(folder) / 'text.txt', args.peer_megabytes * 10**6)
+        short, _ = enlarge(args.input, pathlib.Path(folder) / 'short.txt', 10**6)  # the loop has one speed, and it is low
         for number in range(args.repeats):
-            sides['bert_jax'].append(run(text, args.tokenizer, pathlib.Path(folder) / f'store{number}')[0] / text.stat().st_size)
+            seconds, peak, size, _ = run(text, args.tokenizer, pathlib.Path(folder) / f'store{number}')
+            sides['bert_jax'].append((seconds / size, peak))
             for name, file in (('datasets', text), ('python_loop', short)):
-                done = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--peer', name, file, f'{folder}/{name}{number}'],
-                                      check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-                sides[name].append(float(done.stdout.split()[-1]) / file.stat().st_size)
-    ours = statistics.median(sides['bert_jax'])
+                _, peak, said = watch(sys.executable, __file__, *sys.argv[1:], '--peer', name, file, f'{folder}/{name}{number}')
+                sides[name].append((float(said.split()[-1]) / file.stat().st_size, peak))
     for name, found in sides.items():
-        rates = [1e-6 / seconds for seconds in found]
-        print(f'{name:<12}{statistics.median(rates):8.2f} MB/s ({min(rates):.2f}-{max(rates):.2f}, n = {len(rates)}); '
-              f'ours / this: {statistics.median(found) / ours:.1f}', flush=True)
+        rates = [1e-6 / seconds for seconds, _ in found]
+        ratios = sorted(seconds / ours for (ours, _), (seconds, _) in zip(sides['bert_jax'], found))
+        print(f'{name:<12}{statistics.median(rates):8.2f} MB/s ({min(rates):.2f}-{max(rates):.2f}, n = {len(rates)}), peak memory of all processes '
+              f'{max(peak for _, peak in found) / 1e6:.0f} MB; ours / this: {statistics.median(ratios):.1f} ({ratios[0]:.1f}-{ratios[-1]:.1f})')
 
 
 def map_datasets(text, vocab, output):
@@ -74,8 +74,8 @@ def map_datasets(text, vocab, output):
     start = time.perf_counter()
     tokenizer = transformers.BertTokenizer(vocab, do_lower_case=True)
     lines = datasets.load_dataset('text', data_files=text, split='train', cache_dir=output)
-    lines.map(lambda batch: tokenizer(batch['text'], add_special_tokens=False), batched=True, num_proc=2,
-              remove_columns=['text']).save_to_disk(f'{output}/ids')
+    lines.map(lambda batch: tokenizer(batch['text'], add_special_tokens=False, return_token_type_ids=False,
+                                      return_attention_mask=False), batched=True, num_proc=2, remove_columns=['text'])
     return time.perf_counter() - start
 
 
@@ -150,21 +150,31 @@ def enlarge(pattern, path, size):
             for source in sources:
                 file.write(source.replace('\n\n', f'\n\n{copy} ')[:size - file.tell()].rstrip() + '\n\n')
             copy += 1
-    return path
+        written = file.tell()
+    return path, written / sum(len(source.encode()) for source in sources)
 
 
 def run(text, tokenizer, store):
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, '-m', 'bert_jax.prepare', '--input', text, '--tokenizer', tokenizer,
-                                '--output', store], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    root = psutil.Process(process.pid)
-    while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            peak = max(peak, sum(p.memory_info().rss for p in [root, *root.children(recursive=True)]))
-        time.sleep(0.1)
-    seconds, said = time.perf_counter() - start, process.stdout.read()
-    assert process.returncode == 0, said
+    """(seconds, bytes of memory, bytes of text, bytes a token)."""
+    seconds, peak, said = watch(sys.executable, '-m', 'bert_jax.prepare', '--input', text, '--tokenizer', tokenizer, '--output', store)
     return seconds, peak, text.stat().st_size, float(said.split(' bytes a token')[0].split()[-1])
+
+
+def watch(*command):
+    """(seconds, the most memory of all processes, what it printed)."""
+    with tempfile.TemporaryFile('w+') as errors:
+        start, peak = time.perf_counter(), 0
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        root = psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peak = max(peak, sum(p.memory_info().rss for p in [root, *root.children(recursive=True)]))
+            time.sleep(0.1)
+        seconds, said = time.perf_counter() - start, process.stdout.read()
+        errors.seek(0)
+        if process.returncode:
+            sys.exit(f'error: {" ".join(map(str, command[1:]))} ended with code {process.returncode}:\n{errors.read()[-2000:]}')
+    return seconds, peak, said
 
 
 if __name__ == '__main__':

@@ -13,15 +13,18 @@ and all cores or the GPU. They take turns, so that a slow minute of the machine 
     eager, eager_masked                BertForPreTraining (SDPA) as it comes, with logits at every position; with its head cut
     compiled, compiled_masked          down to the masked positions; both under torch.compile; bf16 is autocast
 
-Batches are random and full, or with --store real ones. Prints medians, ranges, ratios, the share of the matmul peak
-measured in the same run (FLOPs by bert_jax.flops, real tokens alone), and the memory of our side.
+Batches are random and full, or with --store real ones. Prints medians, ranges, ratios of turns that lie side by side, the share
+of the matmul peak measured in the same run (the better of XLA's and PyTorch's; FLOPs by bert_jax.flops, real tokens alone), and
+memory: of our side's arrays, and the most that each process held.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -52,56 +55,79 @@ def main():
     if args.side in ('ours_xla', 'ours_cudnn'):
         config.model.encoder.attention = args.side.removeprefix('ours_')
     if args.side:
-        {'matmul': matmul}.get(args.side, peer if args.side in PEERS else ours)(args, config)
+        {'matmul': matmul, 'matmul_torch': matmul_torch}.get(args.side, peer if args.side in PEERS else ours)(args, config)
         return
-    names = [*args.sides.split(','), 'matmul']
-    processes = {name: subprocess.Popen(
-        [sys.executable, __file__, *sys.argv[1:], '--side', name], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=os.environ | {'PYTHONPATH': f'{ROOT}:{os.environ.get("PYTHONPATH", "")}',
-                                                  'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}) for name in names}
-    answers = {name: [] for name in names}
+    names = [*args.sides.split(','), 'matmul', 'matmul_torch']
+    unknown = set(args.sides.split(',')) - set(SIDES)
+    if unknown:
+        parser.error(f'--sides {", ".join(sorted(unknown))}: known are {", ".join(SIDES)}')
+    if 'packed' in names and not args.store:
+        parser.error('the side packed needs --store')
+    env = {'PYTHONPATH': f'{ROOT}:{os.environ.get("PYTHONPATH", "")}', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+           'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0')}  # one GPU for every side
+    processes = {name: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], '--side', name], cwd=ROOT, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | env) for name in names}
+    answers, failed = {name: [] for name in names}, []
     for _ in range(args.repeats + 2):
         for name, process in processes.items():
-            process.stdin.write('turn\n')
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                sys.exit(f'error: the side {name} ended early; what it said stands above.')
-            answers[name].append(json.loads(line))
+            if name in failed:
+                continue
+            line = ask(process)
+            if line:
+                answers[name].append(json.loads(line))
+            else:
+                failed.append(name)
     for process in processes.values():
-        process.communicate()
-    report(args, config, answers)
+        with contextlib.suppress(BrokenPipeError):
+            process.communicate()
+    report(args, config, {name: turns for name, turns in answers.items() if name not in failed})
+    if failed:
+        sys.exit(f'error: these sides ended early, what they said stands above: {", ".join(failed)}')
+
+
+def ask(process):
+    """One turn's line; nothing when the side has ended."""
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write('turn\n')
+        process.stdin.flush()
+        return process.stdout.readline()
 
 
 def report(args, config, answers):
     """Two turns of each side compile and warm up; the others count."""
     rates = {name: [turn['work'] / turn['seconds'] for turn in turns[2:]] for name, turns in answers.items()}
     tflops = {name: statistics.median(values) / 1e12 for name, values in rates.items()}
+    of_device = next((turns[0]['peak_tflops'] for turns in answers.values() if turns[0].get('peak_tflops')), None)
+    peak, matmuls = max((tflops[name], name) for name in tflops if name.startswith('matmul')), answers['matmul']
     shape = f'{config.model.encoder.num_layers} x {config.model.embeddings.hidden_size}'
     print(f'{shape}, length {args.length}, batch {args.batch_size}, {config.model.dtype}, dropout '
           f'{config.model.encoder.dropout_rate:g}, of attention {config.model.encoder.attention_dropout_rate:g}; '
-          f'{answers["matmul"][0]["device"]}, {os.cpu_count()} cores, {platform.machine()}; '
-          + ', '.join(f'{p} {metadata.version(p)}' for p in ('jax', 'jaxlib', 'torch', 'transformers')))
-    print(f'matmul peak measured: {tflops["matmul"]:.3f} TFLOP/s')
+          f'{matmuls[0]["device"]}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}; {", ".join(versions())}')
+    print(f'matmul peak measured: {peak[0]:.3f} TFLOP/s ({", ".join(f"{name} {tflops[name]:.3f}" for name in tflops if name.startswith("matmul"))})')
     rows, first = [], next(iter(answers))
     for name, turns in answers.items():
-        if name == 'matmul':
+        if name.startswith('matmul'):
             continue
         seconds = sorted(turn['seconds'] / args.turn for turn in turns[2:])
         examples, tokens = (statistics.median(turn[what] / turn['seconds'] for turn in turns[2:]) for what in ('examples', 'tokens'))
         row = {'side': name, 'examples_per_second': examples, 'tokens_per_second': tokens, 'seconds': seconds,
-               'ratio': tflops[first] / tflops[name], 'of_matmul_peak': tflops[name] / tflops['matmul'],
-               'mfu': tflops[name] / turns[0]['peak_tflops'] if turns[0].get('peak_tflops') else None, 'memory': turns[0].get('memory')}
+               'ratios': sorted(ours / other for ours, other in zip(rates[first], rates[name])), 'of_matmul_peak': tflops[name] / peak[0],
+               'mfu': tflops[name] / of_device if of_device else None, 'memory': turns[-1]['memory']}
         rows.append(row)
         print(f'{name:<16}{examples:9.3f} examples/s {tokens:11,.0f} real tokens/s  step {statistics.median(seconds):.4f} s '
               f'({seconds[0]:.4f}-{seconds[-1]:.4f}, n = {len(seconds)}); {row["of_matmul_peak"]:.0%} of the matmul peak'
-              + (f', MFU {row["mfu"]:.1%}' if row['mfu'] else '') + f'; {first} / this: {row["ratio"]:.2f}')
-        if row['memory']:
-            print(' ' * 16 + ', '.join(f'{what} {size / 2**20:,.0f} MiB' for what, size in row['memory'].items()))
+              + (f', MFU {row["mfu"]:.1%}' if row['mfu'] else '') + f'; {first} / this: {statistics.median(row["ratios"]):.2f} '
+              f'({row["ratios"][0]:.2f}-{row["ratios"][-1]:.2f})')
+        print(' ' * 16 + ', '.join(f'{what} {size / 2**20:,.0f} MiB' for what, size in row['memory'].items()))
     if args.json:
         with open(args.json, 'a') as file:
             file.write(json.dumps({'arguments': sys.argv[1:], 'shape': shape, 'length': args.length, 'batch_size': args.batch_size,
-                                   'dtype': config.model.dtype, 'matmul_tflops': tflops['matmul'], 'rows': rows}) + '\n')
+                                   'dtype': config.model.dtype, 'matmul_tflops': peak[0], 'device': matmuls[0]['device'],
+                                   'versions': versions(), 'rows': rows}) + '\n')
+
+
+def versions():
+    return [f'{name} {metadata.version(name)}' for name in ('jax', 'jaxlib', 'torch', 'transformers')]
 
 
 def batches(args, config):
@@ -156,7 +182,16 @@ def serve(args, step, given, facts):
         step([batch for batch, _ in turn])
         seconds = time.perf_counter() - start
         sums = {name: float(sum(known[name] for _, known in turn)) for name in ('examples', 'tokens', 'work')}
-        print(json.dumps({'seconds': seconds, **sums, **facts}), flush=True)
+        memory = facts.get('memory', {}) | {'most held by the process': most_held()}
+        print(json.dumps({'seconds': seconds, **sums, **facts, 'memory': memory}), flush=True)
+
+
+def most_held():
+    """Bytes, on the GPU where it is used, else resident."""
+    if 'torch' in sys.modules and sys.modules['torch'].cuda.is_available():
+        return sys.modules['torch'].cuda.max_memory_reserved()
+    stats = sys.modules['jax'].local_devices()[0].memory_stats() if 'jax' in sys.modules and 'torch' not in sys.modules else None
+    return stats['peak_bytes_in_use'] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def ours(args, config):
@@ -209,11 +244,47 @@ def matmul(args, config):
     serve(args, run, iter(lambda: (None, known), None), {'device': jax.devices()[0].device_kind})
 
 
+def matmul_torch(args, config):
+    """The same by PyTorch, which on a CPU may be faster."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision('high')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    width, dtype = max(768, config.model.embeddings.hidden_size), getattr(torch, config.model.dtype)
+    x = torch.randn(max(2048, args.batch_size * args.length), width, device=device).to(dtype)
+    kernel, times = torch.randn(width, 4 * width, device=device).to(dtype), 200 if device == 'cuda' else 8
+
+    def run(_):
+        for _ in range(times):
+            torch.matmul(x, kernel)
+        if device == 'cuda':
+            torch.cuda.synchronize()
+
+    known = {'examples': 0, 'tokens': 0, 'work': 2 * x.shape[0] * width * 4 * width * times / args.turn}
+    serve(args, run, iter(lambda: (None, known), None), {'device': device})
+
+
+def matmul_peak():
+    """FLOP/s of the faster of both products now, for other benchmarks."""
+    found = []
+    for side in ('matmul', 'matmul_torch'):
+        done = subprocess.run([sys.executable, __file__, '--config', 'configs/pretrain.py:base', '--side', side], cwd=ROOT, text=True, check=True,
+                              input='turn\n' * 7, stdout=subprocess.PIPE, env=os.environ | {'PYTHONPATH': str(ROOT)})
+        turns = [json.loads(line) for line in done.stdout.splitlines()][2:]
+        found.append(statistics.median(turn['work'] / turn['seconds'] for turn in turns))
+    return max(found)
+
+
 def peer(args, config):
+    from bert_jax import memory
+
+    memory.keep_freed()  # what helps our steps on CPUs helps PyTorch's, too
     import torch
     import transformers
 
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision('high')  # TF32, as in JAX
     torch.manual_seed(0)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     stream = batches(args, config)
@@ -223,7 +294,10 @@ def peer(args, config):
     model = transformers.BertForPreTraining._from_config(transformers.BertConfig(
         vocab_size=embeddings.vocab_size, hidden_size=width, num_hidden_layers=encoder.num_layers,
         num_attention_heads=encoder.num_heads, intermediate_size=encoder.mlp_size, hidden_dropout_prob=encoder.dropout_rate,
-        attention_probs_dropout_prob=encoder.attention_dropout_rate), attn_implementation='sdpa').train().to(device)
+        attention_probs_dropout_prob=encoder.attention_dropout_rate), attn_implementation='sdpa').train()
+    if device == 'cuda':  # as PyTorch's guide advises for tensor cores
+        model.resize_token_embeddings(pad_to_multiple_of=64)
+    model.to(device)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
     def loss_everywhere(batch):

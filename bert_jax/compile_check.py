@@ -124,6 +124,7 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
         'mesh': dict(step.mesh.shape), 'length': row,
         'batch_size': batch_size, 'compile_seconds': step.seconds, 'memory': compiled.memory(step, devices[0]),
         'model_flops': work, 'program_flops': estimate.pop('flops') * count, 'estimate': estimate,
+        'estimate_judged': JUDGED,
         'sequences_per_second': batch_size / seconds, 'mfu': work / seconds / (known.peak_tflops * 1e12 * count),
         'collectives': compiled.collectives(step),
         'least_bytes': compiled.least_bytes(step, config, row, batch_size),

@@ -78,10 +78,26 @@ def _clip(norm: float) -> optax.GradientTransformation:
         return optax.identity()
 
     def scale(grads: optax.Updates, _: optax.Params | None) -> optax.Updates:
-        factor = jnp.minimum(1, norm / optax.tree.norm(grads))
+        factor = jnp.minimum(1, norm / global_norm(grads))
         return jax.tree.map(lambda g: g * factor, grads)
 
     return optax.stateless(scale)
+
+
+def global_norm(tree: optax.Params) -> jax.Array:
+    """The Euclidean norm of all arrays together."""
+    return jnp.sqrt(sum(jax.lax.platform_dependent(x, cpu=_dot_square, default=_sum_square)
+                        for x in jax.tree.leaves(tree)))
+
+
+def _sum_square(x: jax.Array) -> jax.Array:
+    return jnp.sum(x * x)
+
+
+def _dot_square(x: jax.Array) -> jax.Array:
+    """As a product: XLA on CPU would write the squares to memory, and read them twice."""
+    every = tuple(range(x.ndim))
+    return jax.lax.dot_general(x, x, ((every, every), ((), ())), precision='highest')
 
 
 def _decay(weight_decay: float) -> optax.GradientTransformation:

@@ -171,7 +171,19 @@ def copies(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """
     split = dict(nn.get_logical_axis_rules()).get('batch') or ()
     parts = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in split)
-    return nn.with_logical_constraint(jnp.broadcast_to(x, (parts, *x.shape)), ('batch', *axes))
+    return constrain(jnp.broadcast_to(x, (parts, *x.shape)), 'batch', *axes)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """x, split as the logical names of its axes say (inside `logical_axes`).
+
+    Raises:
+      KeyError: a name that LOGICAL_RULES does not know; Flax would leave that axis whole without a word.
+    """
+    known = dict(LOGICAL_RULES)
+    for axis in axes:
+        known[axis]
+    return nn.with_logical_constraint(x, axes)
 
 
 @contextlib.contextmanager

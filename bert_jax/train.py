@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bert_jax import memory, partition
+from bert_jax import memory, optimizer, partition
 from bert_jax.checkpoint import Checkpoints
 from bert_jax.cli import Stopped, UserError, progress
 from bert_jax.metrics import Mean, Writer, merge
@@ -107,7 +107,7 @@ def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model:
     params = held | jax.tree.map(lambda p, u: p - hyper['learning_rate'] * u, trained, updates)
     metrics = {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
     one = jnp.ones(())
-    metrics |= {'loss': Mean(weighted(losses), one), 'gradient_norm': Mean(optax.tree.norm(grads), one)}
+    metrics |= {'loss': Mean(weighted(losses), one), 'gradient_norm': Mean(optimizer.global_norm(grads), one)}
     metrics |= _contents(batch)
     return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -37,7 +37,7 @@ case ${1:-} in
       for attempt in $(seq 100); do
         [ ! -e run/stopped ] || break
         code=0
-        python -m bert_jax.pretrain --coordinator auto "$@" >> run/log.txt 2>&1 &
+        JAX_COMPILATION_CACHE_DIR=${2%/}_xla python -m bert_jax.pretrain --coordinator auto "$@" >> run/log.txt 2>&1 &
         echo $! > run/pid
         wait $! || code=$?
         echo "pretrain ended with code $code (attempt $attempt)" >> run/log.txt

@@ -93,6 +93,11 @@ def test_a_rule_that_matches_nothing_is_an_error(monkeypatch):
         partition.state_shardings(params, mesh)
 
 
+def test_an_axis_without_a_rule_is_an_error():
+    with pytest.raises(KeyError, match='lenght'):
+        partition.constrain(np.zeros((2, 2)), 'batch', 'lenght')
+
+
 class FakeDevice:
     """What a mesh asks of a device."""
 

@@ -14,6 +14,7 @@ from conftest import ROOT
 PYTHON = '''#!/bin/bash
 echo "$@" >> .venv/python_calls
 [ "$1" = -m ] || exit 0
+echo "${JAX_COMPILATION_CACHE_DIR-}" > .venv/cache
 trap 'exit 75' TERM
 codes=$(cat .venv/codes); code=${codes%% *}; echo "${codes#* }" > .venv/codes
 [ "$code" != wait ] || { while true; do sleep 0.1; done; }
@@ -115,6 +116,7 @@ def test_a_run_from_the_queue_to_the_end(cloud):
                            'configs/pretrain.py:base --config.phases=((1, 2, 3),)'] * 3
         assert (home / 'run' / 'store' / 'store.json').exists() and (home / 'bert_jax' / 'pretrain.py').exists()
         assert not list((home).glob('.git/*'))
+        assert (home / '.venv' / 'cache').read_text() == 'gs://b/run_xla\n'  # one for all: only the first of them writes
 
 
 def test_a_slice_that_is_taken_away_is_asked_for_again(cloud):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from bert_jax import partition
 from bert_jax.cli import UserError, choose, unknown
 from bert_jax.model.layers import KEPT, Attention, Dropout, LayerNorm, Mlp
 
@@ -42,7 +43,7 @@ class TransformerLayer(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, lengths: jax.Array | None, train: bool
                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x [B, L, D], mask [B, 1, L, L] -> x [B, L, D] and this layer's share of `layers`."""
-        x = nn.with_logical_constraint(x, ('batch', 'length', 'hidden'))
+        x = partition.constrain(x, 'batch', 'length', 'hidden')
         attention = Attention(self.num_heads, self.attention_dropout_rate, self.attention, self.dtype, name='attention')
         attended, heads = attention(x, mask, lengths, train=train)
         dropout = Dropout(self.dropout_rate)
@@ -51,7 +52,7 @@ class TransformerLayer(nn.Module):
         changed = Mlp(self.mlp_size, self.activation, self.dtype, name='mlp')(x)
         x = checkpoint_name(x + Dropout(self.dropout_rate)(changed, train=train), KEPT)
         x = LayerNorm(self.dtype, name='mlp_norm')(x)
-        x = nn.with_logical_constraint(x, ('batch', 'length', 'hidden'))
+        x = partition.constrain(x, 'batch', 'length', 'hidden')
         heads['hidden'] = x
         return x, {name: heads[name] for name in self.layer_outputs}
 

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bert_jax import partition
 from bert_jax.metrics import Mean
 from bert_jax.model.encoders import Encoded
 from bert_jax.model.heads import HEADS
@@ -51,7 +52,7 @@ class MaskedLM(nn.Module):
         product = functools.partial(jnp.einsum, 'nD,VD->nV', preferred_element_type=jnp.float32)
         logits = each_part(product, x.reshape(parts, -1, width), table)    # [parts, B * P / parts, V padded]
         logits = (logits + bias).reshape(*x.shape[:2], -1)
-        return {'logits': nn.with_logical_constraint(logits, ('batch', 'predictions', 'vocab'))}
+        return {'logits': partition.constrain(logits, 'batch', 'predictions', 'vocab')}
 
     def losses(self, outputs: Batch, batch: Batch) -> dict[str, Mean]:
         """Cross-entropy in nats and accuracy over the masked places."""
