@@ -245,13 +245,13 @@ def matmul(args, config):
 
 
 def matmul_torch(args, config):
-    """The same by PyTorch, which on a CPU may be faster."""
+    """The same by PyTorch, which may be faster; on a CPU in float32, for bfloat16 is emulated there."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision('high')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    width, dtype = max(768, config.model.embeddings.hidden_size), getattr(torch, config.model.dtype)
+    width, dtype = max(768, config.model.embeddings.hidden_size), getattr(torch, config.model.dtype if device == 'cuda' else 'float32')
     x = torch.randn(max(2048, args.batch_size * args.length), width, device=device).to(dtype)
     kernel, times = torch.randn(width, 4 * width, device=device).to(dtype), 200 if device == 'cuda' else 8
 
