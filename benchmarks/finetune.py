@@ -114,9 +114,6 @@ def ours(args):
 
 
 def trainer(args):
-    from bert_jax import memory
-
-    memory.keep_freed()  # what helps our steps on CPUs helps PyTorch's, too
     import numpy as np
     import torch
     import transformers

@@ -12,6 +12,8 @@ and all cores or the GPU. They take turns, so that a slow minute of the machine 
     packed                             bert_jax with several examples a row; needs --store
     eager, eager_masked                BertForPreTraining (SDPA) as it comes, with logits at every position; with its head cut
     compiled, compiled_masked          down to the masked positions; both under torch.compile; bf16 is autocast
+    eager_masked_kept                  eager_masked with our own setting of glibc, which keeps freed memory: on a CPU, what
+                                       PyTorch's tuning guide has jemalloc or tcmalloc for
 
 Batches are random and full, or with --store real ones. Prints medians, ranges, ratios of turns that lie side by side, the share
 of the matmul peak measured in the same run (the better of XLA's and PyTorch's; FLOPs by bert_jax.flops, real tokens alone), and
@@ -32,7 +34,7 @@ import time
 from importlib import metadata
 
 ROOT = pathlib.Path(__file__).parent.parent
-PEERS = ('eager', 'eager_masked', 'compiled', 'compiled_masked')
+PEERS = ('eager', 'eager_masked', 'compiled', 'compiled_masked', 'eager_masked_kept')
 SIDES = ('ours', 'ours_xla', 'ours_cudnn', 'packed', *PEERS)
 VOCAB_SIZE = 30522
 
@@ -277,9 +279,10 @@ def matmul_peak():
 
 
 def peer(args, config):
-    from bert_jax import memory
+    if args.side.endswith('kept'):
+        from bert_jax import memory
 
-    memory.keep_freed()  # what helps our steps on CPUs helps PyTorch's, too
+        memory.keep_freed()
     import torch
     import transformers
 
@@ -316,7 +319,7 @@ def peer(args, config):
         weights = batch['masked_lm_weights'].flatten()
         return (nll * weights).sum() / weights.sum() + entropy(pair, batch['next_sentence_labels'][:, 0])
 
-    loss = loss_masked if args.side.endswith('masked') else loss_everywhere
+    loss = loss_masked if 'masked' in args.side else loss_everywhere
     if args.side.startswith('compiled'):
         loss = torch.compile(loss)
 

@@ -24,7 +24,10 @@ SETTINGS = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6, 'weight_decay': 0.01, 'clip_nor
 
 def run(shape, accumulation):
     devices = jax.devices()[:int(np.prod(shape))]
-    mesh = partition.make_mesh(shape, devices=devices)
+    if len(shape) == 4:  # slices are TPUs': here they are only the mesh's first axis
+        mesh = jax.sharding.Mesh(np.reshape(devices, shape), partition.AXES)
+    else:
+        mesh = partition.make_mesh(shape, devices=devices)
     model = models.build('model.embeddings.dropout_rate=0.0', 'model.encoder.unroll=1')
     tx = optimizer.make_optimizer('adamw', **SETTINGS)
     made = [global_batch(i) for i in range(STEPS)]
@@ -36,7 +39,8 @@ def run(shape, accumulation):
     hyper = train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0)
     sharding, losses = partition.batch_sharding(mesh), []
     first = batches.place(made[0], sharding)
-    text = step.lower(state, first, hyper).compile().as_text()
+    step = step.lower(state, first, hyper).compile()
+    text = step.as_text()
     per_device = {name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
                   for name, tree in (('params', state.params), ('opt_state', state.opt_state))}
     for batch in made:
@@ -121,7 +125,7 @@ def evaluation(devices, batch_size):
 
 CASES = {'1 device': ((1, 1, 1), 1), '8 data': ((8, 1, 1), 1), '2 data x 4 fsdp': ((2, 4, 1), 1),
          '2 data x 2 fsdp x 2 tensor': ((2, 2, 2), 1), '1 device, accumulation 4': ((1, 1, 1), 4),
-         '8 data, accumulation 4': ((8, 1, 1), 4), '2 data x 2 fsdp x 2 tensor, accumulation 4': ((2, 2, 2), 4)}
+         '8 data, accumulation 4': ((8, 1, 1), 4), '2 slice x 2 fsdp x 2 tensor, accumulation 4': ((2, 1, 2, 2), 4)}
 
 
 def main():

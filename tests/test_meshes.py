@@ -1,4 +1,4 @@
-"""The same training on 1 device and on 8, cut by data, fsdp and tensor, with and without micro-batches."""
+"""The same training on 1 device and on 8, cut by slice, data, fsdp and tensor, with and without micro-batches."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def run_on_all_meshes(path):
 
 
 MESHES = ('8 data', '2 data x 4 fsdp', '2 data x 2 fsdp x 2 tensor', '1 device, accumulation 4',
-          '8 data, accumulation 4', '2 data x 2 fsdp x 2 tensor, accumulation 4')
+          '8 data, accumulation 4', '2 slice x 2 fsdp x 2 tensor, accumulation 4')
 
 
 @pytest.mark.parametrize('mesh', MESHES)

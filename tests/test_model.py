@@ -12,7 +12,7 @@ from models import D, L, P, V, batch, build, config, random_params
 from bert_jax.cli import UserError
 from bert_jax.model import model as models
 from bert_jax.model.encoders import ENCODERS, Encoded
-from bert_jax.model.layers import Dropout, LayerNorm, gelu, random_bits
+from bert_jax.model.layers import FEW_ROWS, Dense, Dropout, LayerNorm, gelu, random_bits
 from bert_jax.model.targets import TARGETS
 
 
@@ -187,6 +187,17 @@ def test_the_gradient_of_gelu(approximate):
     slope = jax.vmap(jax.grad(lambda v: gelu(v, approximate)))(x)
     derived = jax.vmap(jax.grad(lambda v: jax.nn.gelu(v, approximate=approximate)))(x)
     assert abs(slope - exact).max() <= 1.2 * abs(derived - exact).max() + 2e-7
+
+
+@pytest.mark.parametrize('rows', [FEW_ROWS, FEW_ROWS + 1])
+def test_the_gradients_of_a_product(rows):
+    """Few rows take another way than many."""
+    rng = np.random.default_rng(0)
+    x, kernel, grad = rng.normal(size=(rows, 24)), rng.normal(size=(24, 40)), rng.normal(size=(rows, 40))
+    apply = lambda x, kernel: Dense(40, jnp.float32).apply({'params': {'kernel': kernel, 'bias': jnp.zeros(40)}}, x)  # noqa: E731
+    found = jax.jit(lambda *args: jax.vjp(apply, *args)[1](jnp.float32(grad)))(jnp.float32(x), jnp.float32(kernel))
+    for one, expected in zip(found, (grad @ kernel.T, x.T @ grad)):
+        np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_layer_norm_far_from_zero():
