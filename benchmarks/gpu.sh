@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu.sh [DIR]        figures to DIR/gpu.json and DIR/gpu.txt (default: runs/gpu)
 #   ONLY=base_512,base_512_dropout bash benchmarks/gpu.sh        some of them, added to those that are there
 #
-# Needs jax for CUDA, flax, optax, orbax, torch, transformers, and ml_collections: as a wheel beside it, where nothing can be downloaded
+# COMMIT=abc1234 names the commit where there is no git. Needs jax for CUDA, flax, optax, orbax, torch, transformers, and ml_collections: as a wheel beside it, where nothing can be downloaded
 # (pip download --no-deps -d wheels ml_collections; WHEELS=wheels bash benchmarks/gpu.sh). LAYERS=2 BATCH=2 REPEATS=1 tries it on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -284,7 +284,6 @@ def peer(args, config):
 
         memory.keep_freed()
     import torch
-    import transformers
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision('high')  # TF32, as in JAX
@@ -292,15 +291,7 @@ def peer(args, config):
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     stream = batches(args, config)
     next(stream)  # which sets the vocabulary's size
-    encoder, embeddings = config.model.encoder, config.model.embeddings
-    width = embeddings.hidden_size
-    model = transformers.BertForPreTraining._from_config(transformers.BertConfig(
-        vocab_size=embeddings.vocab_size, hidden_size=width, num_hidden_layers=encoder.num_layers,
-        num_attention_heads=encoder.num_heads, intermediate_size=encoder.mlp_size, hidden_dropout_prob=encoder.dropout_rate,
-        attention_probs_dropout_prob=encoder.attention_dropout_rate), attn_implementation='sdpa').train()
-    if device == 'cuda':  # as PyTorch's guide advises for tensor cores
-        model.resize_token_embeddings(pad_to_multiple_of=64)
-    model.to(device)
+    model, width = hugging_face(config, device), config.model.embeddings.hidden_size
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
     def loss_everywhere(batch):
@@ -342,6 +333,20 @@ def peer(args, config):
             torch.cuda.synchronize()
 
     serve(args, run, ((as_torch(batch), contents(config, batch)) for batch in stream), {})
+
+
+def hugging_face(config, device):
+    """BertForPreTraining with SDPA, of the config's sizes."""
+    import transformers
+
+    encoder, embeddings = config.model.encoder, config.model.embeddings
+    model = transformers.BertForPreTraining._from_config(transformers.BertConfig(
+        vocab_size=embeddings.vocab_size, hidden_size=embeddings.hidden_size, num_hidden_layers=encoder.num_layers,
+        num_attention_heads=encoder.num_heads, intermediate_size=encoder.mlp_size, hidden_dropout_prob=encoder.dropout_rate,
+        attention_probs_dropout_prob=encoder.attention_dropout_rate), attn_implementation='sdpa').train()
+    if device == 'cuda':  # as PyTorch's guide advises for tensor cores
+        model.resize_token_embeddings(pad_to_multiple_of=64)
+    return model.to(device)
 
 
 if __name__ == '__main__':

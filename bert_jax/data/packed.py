@@ -1,7 +1,7 @@
 """Labelled examples as batches without padding: several short ones share a row, as in pre-training (see packing.py).
 
-The examples are dealt out like cards, longest first, so that every batch has about as many tokens as every other: one
-shape, and one compiled program, holds them all, and the rows are full.
+The examples are dealt out like cards, so that every batch has about as many tokens as every other: one shape, and one
+compiled program, holds them all, and the rows are full.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Packed(Encoded):
     def evaluation_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """(the example at each place of the outputs, -1 for none; batch): every example once."""
         order = self.arrange(np.arange(len(self)), batch_size)
-        parts = [order[start:start + batch_size] for start in range(0, len(self), batch_size)]
+        parts = _cut(order, batch_size)
         rows = [self._fill(part) for part in parts]
         count = self._rounded(max(map(len, rows)))
         yield from (self._lay(part, one, count) for part, one in zip(parts, rows))
@@ -78,15 +78,14 @@ class Packed(Encoded):
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a run holds one of these for its whole life
     def _rows(self, batch_size: int) -> int:
-        order = self.epoch(0, batch_size, 0)
-        return self._rounded(max(len(self._fill(order[start:start + batch_size]))
-                                 for start in range(0, len(order), batch_size)))
+        return self._rounded(max(len(self._fill(part)) for part in self._first_epoch(batch_size)))
 
     def fullest(self, batch_size: int) -> list[np.ndarray]:
         """The examples of the batches with the most tokens, of the first epoch."""
-        order = self.epoch(0, batch_size, 0)
-        parts = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
-        return sorted(parts, key=lambda part: -self.sizes[part].sum())[:SAMPLE]
+        return sorted(self._first_epoch(batch_size), key=lambda part: -self.sizes[part].sum())[:SAMPLE]
+
+    def _first_epoch(self, batch_size: int) -> list[np.ndarray]:
+        return _cut(self.epoch(0, batch_size, 0), batch_size)
 
     def _rounded(self, rows: int) -> int:
         return -(-rows // self.multiple) * self.multiple
@@ -129,14 +128,18 @@ class Packed(Encoded):
             **{name: by_seat(values[rows]) for name, values in self.labels.items()}}
 
 
+def _cut(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def pack(data: Encoded, batch_size: int, multiple: int) -> Packed:
     """The same examples, in rows of the length that costs least; for targets that read [CLS] alone."""
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(Encoded)}
-    longest = -(-int(Packed(**fields).sizes.max()) // STEP) * STEP
-    best = None
+    unshaped, best = Packed(**fields), None
+    longest, fullest = -(-int(unshaped.sizes.max()) // STEP) * STEP, unshaped.fullest(batch_size)
     for length in range(longest, 2 * longest + 1, STEP):
         made = Packed(**fields, row_length=length, multiple=multiple)
-        rows = max(len(made._fill(one)) for one in made.fullest(batch_size))
+        rows = max(len(made._fill(one)) for one in fullest)
         cost = made._rounded(rows) * length * (1 + length / ATTENTION)
         if best is None or cost < best[0]:
             best = cost, made
