@@ -7,6 +7,7 @@
 import hashlib
 import os
 import pathlib
+import re
 import sys
 import warnings
 from importlib import metadata
@@ -28,6 +29,17 @@ def _avoid_wrong_numbers_on_cpu() -> None:
                           'fusion that gives wrong numbers on CPU: import bert_jax first.', stacklevel=3)
 
 
+def _threads_for_virtual_devices() -> None:
+    """Gives XLA four threads a virtual device (NPROC; --xla_force_host_platform_device_count).
+
+    On CPU a collective holds a thread until all devices have come to it, and devices may come to two that do not depend
+    on each other in different orders: with a thread a device they wait for each other until XLA aborts the process.
+    """
+    count = re.search(r'--xla_force_host_platform_device_count=(\d+)', os.environ.get('XLA_FLAGS', ''))
+    if count:
+        os.environ.setdefault('NPROC', str(4 * int(count.group(1))))
+
+
 def _keep_compiled_programs() -> None:
     """Compiles a program once for all runs on this kind of processor; JAX_COMPILATION_CACHE_DIR moves them."""
     processor = pathlib.Path('/proc/cpuinfo')
@@ -39,6 +51,7 @@ def _keep_compiled_programs() -> None:
 
 
 _avoid_wrong_numbers_on_cpu()
+_threads_for_virtual_devices()
 _keep_compiled_programs()
 
 

@@ -16,6 +16,8 @@ from bert_jax.data import examples
 from bert_jax.model import model as models
 from bert_jax.model.embeddings import padded_vocab_size
 
+CHANNEL = r'channel_id=(\d+)'
+
 
 @dataclasses.dataclass
 class Step:
@@ -116,6 +118,12 @@ def _seconds(program: hlo.Program, computation: str, known: hardware.Device, mes
             what, took = _limit(program, computation, instruction, known, mesh)
             if instruction.opcode.endswith('-start'):
                 started[instruction.name], took = (what, now + took), 0.0
+            carried, ends = program.carried(instruction)
+            for one in carried:
+                there = now + _collective_seconds(one, one.opcode, known, mesh)
+                _, there = started.setdefault(one.attribute(CHANNEL), ('collectives', there))
+                if ends:
+                    what, took = 'collectives', max(0.0, there - now)
             if re.search(r'random_bits|dropout', instruction.path, re.IGNORECASE):
                 spent['random bits'] += took
         if took:
@@ -191,13 +199,17 @@ def _collective_seconds(instruction: hlo.Instruction, kind: str, known: hardware
 def collectives(step: Step) -> list[dict[str, Any]]:
     """Bytes a step of each kind of collective over each mesh axis, largest first."""
     found: dict[tuple[str, str, bool], list[int]] = collections.defaultdict(lambda: [0, 0])
-    loops = _loops(step.program)
+    loops, seen = _loops(step.program), set()
     for computation, instruction, times in step.program.walk():
-        kind = _collective(instruction)
-        if kind:
-            axes, size = _group(instruction, step.mesh)
+        carried, _ = step.program.carried(instruction)
+        for one in (instruction, *carried):
+            kind, channel = _collective(one), one.attribute(CHANNEL)
+            if not kind or (one in carried and channel in seen):
+                continue
+            seen.add(channel)
+            axes, size = _group(one, step.mesh)
             entry = found[kind, axes, computation in loops]
-            entry[0] += times * _payload(instruction) * (size if kind == 'reduce-scatter' else 1)
+            entry[0] += times * _payload(one) * (size if kind == 'reduce-scatter' else 1)
             entry[1] += times
     rows = [{'kind': kind, 'axes': axes, 'in_loop': looped, 'bytes': size, 'times': times}
             for (kind, axes, looped), (size, times) in found.items()]

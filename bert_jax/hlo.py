@@ -105,6 +105,15 @@ class Program:
         limits = [int(i.operands[0]) for i in condition.values() if i.opcode == 'constant' and i.operands[0].isdigit()]
         return max(limits, default=1)
 
+    def carried(self, instruction: Instruction) -> tuple[list[Instruction], bool]:
+        """The collectives that a fusion carries on beside its work, and whether it waits for their end.
+
+        Each runs through several fusions, in all of which it has the same channel.
+        """
+        called = instruction.attribute(r'calls=%?([\w.\-]+)') if instruction.opcode == 'fusion' else ''
+        body = self.computations.get(called, {}).values()
+        return [i for i in body if i.opcode in COLLECTIVES], any('AsyncCollectiveDone' in i.attributes for i in body)
+
     @functools.cache  # noqa: B019 - a program is read once
     def flops(self, computation: str, name: str) -> int:
         """Of the products in an instruction; of a fusion, all in it."""

@@ -167,7 +167,7 @@ def make_train_step(model: nn.Module, tx: optax.GradientTransformation, mesh: ja
                              frozen=frozen)
     shardings, everywhere = partition.state_shardings(state, mesh), partition.replicated(mesh)
     return jax.jit(step, donate_argnums=0, in_shardings=(shardings, partition.batch_sharding(mesh), everywhere),
-                   out_shardings=(shardings, everywhere))
+                   out_shardings=(shardings, everywhere), compiler_options=partition.compiler_options(mesh))
 
 
 def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_steps: int,

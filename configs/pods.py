@@ -24,9 +24,9 @@ EXAMPLES = 256_000_000            # the paper's: a million steps of 256
 LONG = 0.1                        # of them at length 512
 # slice: topology, slices, examples a device at length 128 for base and large; a quarter of that at 512
 SLICES = {
-    'v3_32': ('v3:4x4', 1, 32, 8), 'v4_64': ('v4:2x4x4', 1, 64, 32), 'v5e_16': ('v5e:4x4', 1, 64, 32),
-    'v5e_64': ('v5e:8x8', 1, 64, 32), 'v5e_256': ('v5e:16x16', 1, 32, 16), 'v5p_32': ('v5p:2x2x4', 1, 128, 64),
-    'v6e_16': ('v6e:4x4', 1, 128, 64), 'v6e_256': ('v6e:16x16', 1, 64, 32), '2x_v5e_256': ('v5e:16x16', 2, 32, 16),
+    'v3_32': ('v3:4x4', 1, 32, 16), 'v4_64': ('v4:2x4x4', 1, 64, 64), 'v5e_16': ('v5e:4x4', 1, 64, 64),
+    'v5e_64': ('v5e:8x8', 1, 64, 64), 'v5e_256': ('v5e:16x16', 1, 32, 32), 'v5p_32': ('v5p:2x2x4', 1, 128, 64),
+    'v6e_16': ('v6e:4x4', 1, 128, 64), 'v6e_256': ('v6e:16x16', 1, 64, 32), '2x_v5e_256': ('v5e:16x16', 2, 32, 32),
 }
 
 
@@ -42,6 +42,7 @@ def get_config(arg='base_v5e_16'):
                 (round(EXAMPLES * LONG / (batch_size // 4)), 512, batch_size // 4))
     c.model.encoder.unroll = 1              # a scan over the layers: compiles six times faster
     c.model.encoder.remat = 'elementwise'   # what is cheap is computed again instead of kept
+    c.mesh = (-1, 16, 1)                    # 16 devices share the update, which is once a step whatever the batch
     c.optimizer.name = 'lamb'
     c.schedule.peak = 6.25e-4 * (batch_size / 512)**0.5
     c.schedule.warmup_share = min(0.2, batch_size / 512 / 320)

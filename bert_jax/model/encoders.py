@@ -94,8 +94,10 @@ class Transformer(nn.Module):
         lengths = None if packed else jnp.maximum(jnp.sum(mask > 0, axis=1, dtype=jnp.int32), 1)
         mask = (mask[:, None, :, None] == mask[:, None, None, :]) & (mask[:, None, None, :] > 0)
         kept = choose('remat', REMAT, self.remat)
-        block = nn.remat(TransformerLayer, policy=kept, prevent_cse=self.unroll > 1, static_argnums=(4,)) if kept else (
-            TransformerLayer)
+        block = TransformerLayer
+        if kept or partition.gathers():
+            block = nn.remat(block, policy=kept or partition.keep_parts, prevent_cse=self.unroll > 1,
+                             static_argnums=(4,))
         stack = nn.scan(block, length=self.num_layers, unroll=self.unroll,
                         variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
                         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast))

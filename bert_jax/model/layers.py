@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from bert_jax import partition
 from bert_jax.metrics import Mean
 
 FEW_ROWS = 512  # of a product, whose gradient is then transposed on CPU
@@ -116,6 +117,12 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return _add_bias(_product(x.reshape(-1, x.shape[-1]), kernel), bias).reshape(*x.shape[:-1], -1)
 
 
+def _kernel(module: nn.Module, *shape: int) -> jax.Array:
+    """The kernel of a layer as it is used: in the layer's dtype, and whole where `fsdp` splits it."""
+    kernel = module.param('kernel', kernel_init, shape).astype(module.dtype)
+    return partition.whole(kernel, '/'.join((*module.path, 'kernel')))
+
+
 class Dense(nn.Module):
     """x @ kernel + bias.
 
@@ -130,7 +137,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> [..., F]."""
-        kernel = self.param('kernel', kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        kernel = _kernel(self, x.shape[-1], self.features)
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return _affine(x.astype(self.dtype), kernel, bias)
 
@@ -170,7 +177,7 @@ class QueryKeyValue(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """x [B, L, D] -> query, key, value [B, H, L, K]."""
         shape = (self.heads[0], 3, self.heads[1])
-        kernel = self.param('kernel', kernel_init, (x.shape[-1], *shape)).astype(self.dtype)
+        kernel = _kernel(self, x.shape[-1], *shape)
         bias = self.param('bias', nn.initializers.zeros, shape).astype(self.dtype)
         return _split_heads(x.astype(self.dtype), kernel, bias)
 
@@ -185,7 +192,7 @@ class Output(nn.Module):
         """x [B, H, L, K] -> [B, L, D]."""
         heads = x.shape[1], x.shape[3]
         width = math.prod(heads)
-        kernel = self.param('kernel', kernel_init, (*heads, width)).astype(self.dtype)
+        kernel = _kernel(self, *heads, width)
         bias = self.param('bias', nn.initializers.zeros, (width,)).astype(self.dtype)
         return _join_heads(x, kernel, bias)
 
