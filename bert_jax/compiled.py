@@ -162,19 +162,26 @@ def _group(instruction: hlo.Instruction, mesh: jax.sharding.Mesh) -> tuple[str, 
 
 def _members(attributes: str) -> np.ndarray | None:
     """The first group of devices, as numbers in the mesh's order; None for all."""
-    named = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes)
+    named = re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}', attributes)
     if named:
         sizes = [int(size) for size in re.findall(r'=(\d+)', named.group(1))]
-        chosen = [int(axis) for axis in re.findall(r'axis_(\d+)', named.group(2))]
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        chosen = [int(axis) for axis in re.findall(r'axis_(\d+)', named.group(3))]
+        ids = _transposed(named.group(2) or f'[{math.prod(sizes)}]').reshape(sizes)
         return ids[tuple(slice(None) if axis in chosen else 0 for axis in range(len(sizes)))].ravel()
-    grid = re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes)
+    grid = re.search(r'replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', attributes)
     if grid:
-        sizes = [int(size) for size in grid.group(3).split(',')]
-        order = [int(axis) for axis in (grid.group(4) or '').split(',') if axis] or range(len(sizes))
-        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()[:int(grid.group(2))]
+        return _transposed(grid.group(3))[:int(grid.group(2))]
     listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', attributes)
+    if not listed and re.search(r'replica_groups=(?!\{\})', attributes):
+        raise ValueError(f'replica groups in a form that is not known: {attributes}')
     return np.array([int(one) for one in listed.group(1).split(',')]) if listed else None
+
+
+def _transposed(text: str) -> np.ndarray:
+    """'[4,2]T(1,0)' -> 0 to 7 as a grid of 4 x 2, transposed and flattened."""
+    sizes, order = ([int(n) for n in part.split(',')] if part else None
+                    for part in re.fullmatch(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text).groups())
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()
 
 
 def _payload(instruction: hlo.Instruction) -> int:
@@ -224,15 +231,17 @@ def _loops(program: hlo.Program) -> set[str]:
 def least_bytes(step: Step, config: ConfigDict, length: int, batch_size: int) -> dict[str, int]:
     """The least that a step must send of what, in bf16.
 
-    Gradients: each once, of the parameters that a device holds of `tensor`'s share. Parameters over `fsdp`: each
-    gathered for the forward and for the backward pass. Activations over `tensor`: four sums of [B, L, D] a layer.
+    Gradients: each once, of the parameters that a device holds of `tensor`'s share, and what `fsdp` leaves a device of
+    them once more, over the other axes. Parameters over `fsdp`: each gathered for the forward and for the backward
+    pass. Activations over `tensor`: four sums of [B, L, D] a layer.
     """
     shardings = jax.tree.leaves(partition.gathered(step.state.params, step.mesh))
     params = sum(2 * math.prod(s.shard_shape(x.shape)) for x, s in zip(jax.tree.leaves(step.state.params), shardings))
     rows = batch_size // partition.data_devices(step.mesh)
     activations = 4 * config.model.encoder.num_layers * rows * length * config.model.embeddings.hidden_size * 2
-    return {'gradients': params if partition.data_devices(step.mesh) > 1 else 0,
-            'parameters over fsdp': 2 * params if step.mesh.shape['fsdp'] > 1 else 0,
+    devices, fsdp = partition.data_devices(step.mesh), step.mesh.shape['fsdp']
+    return {'gradients': params * (devices > 1) + params // fsdp * (devices > fsdp > 1),
+            'parameters over fsdp': 2 * params * (fsdp > 1),
             'activations over tensor': activations if step.mesh.shape['tensor'] > 1 else 0}
 
 

@@ -81,6 +81,16 @@ class Program:
             elif line.startswith('  ') and ' = ' in line and current is not None:
                 instruction = _instruction(line)
                 current[instruction.name] = instruction
+        for body in self.computations.values():
+            body |= {name: self._reduce_scatter(i) for name, i in body.items() if 'calls=%all-reduce-scatter' in i.attributes}
+
+    def _reduce_scatter(self, fusion: Instruction) -> Instruction:
+        """What the TPU compiler writes as a fusion of an all-reduce and slices of its results."""
+        (reduced,) = (i for i in self._inside(fusion) if i.opcode == 'all-reduce')
+        return dataclasses.replace(fusion, opcode='reduce-scatter', attributes=reduced.attributes + fusion.attributes)
+
+    def _inside(self, fusion: Instruction) -> list[Instruction]:
+        return list(self.computations.get(fusion.attribute(r'calls=%?([\w.\-]+)'), {}).values())
 
     def walk(self, computation: str = '', times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
         """(computation, instruction, how often it runs) of all that is executed; fusions are not entered."""
@@ -110,8 +120,7 @@ class Program:
 
         Each runs through several fusions, in all of which it has the same channel.
         """
-        called = instruction.attribute(r'calls=%?([\w.\-]+)') if instruction.opcode == 'fusion' else ''
-        body = self.computations.get(called, {}).values()
+        body = self._inside(instruction) if instruction.opcode == 'fusion' else []
         return [i for i in body if i.opcode in COLLECTIVES], any('AsyncCollectiveDone' in i.attributes for i in body)
 
     @functools.cache  # noqa: B019 - a program is read once

@@ -132,7 +132,9 @@ def test_what_should_not_be_in_a_program_is_found(accumulation, expected):
     ('replica_groups={{0,1},{2,3},{4,5}}', 'tensor', 2), ('replica_groups=[4,4]<=[2,4,2]T(0,2,1)', 'data', 4),
     ('replica_groups=[2,8]<=[8,2]T(1,0)', 'slice x data', 8), ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", 'tensor', 2),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=2] {'axis_0'}", 'slice', 2), ('source_target_pairs={{0,8},{8,0}}', 'slice', 2),
-    ('replica_groups={{0,8},{1,9}}', 'slice', 2), ('channel_id=3', 'slice x data x tensor', 16)])
+    ("replica_groups=mesh['axis_0'=1,'axis_1'=2,'axis_2'=8], device_ids=([8,2]T(1,0)) {'axis_1'}", 'tensor', 2),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=8], device_ids=([8,2]T(1,0)) {'axis_1'}, dimensions={1}", 'slice x data', 8),
+    ('replica_groups={{0,8},{1,9}}', 'slice', 2), ('replica_groups={}, x', 'slice x data x tensor', 16), ('channel_id=3', 'slice x data x tensor', 16)])
 def test_along_which_axes_a_collective_runs(text, axes, size):
     """Two slices and tensor = 2: what the group's size alone cannot tell apart."""
     mesh = jax.sharding.AbstractMesh((2, 4, 1, 2), partition.AXES)
