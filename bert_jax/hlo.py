@@ -82,7 +82,8 @@ class Program:
                 instruction = _instruction(line)
                 current[instruction.name] = instruction
         for body in self.computations.values():
-            body |= {name: self._reduce_scatter(i) for name, i in body.items() if 'calls=%all-reduce-scatter' in i.attributes}
+            body |= {name: self._reduce_scatter(i) for name, i in body.items()
+                     if 'calls=%all-reduce-scatter' in i.attributes}
 
     def _reduce_scatter(self, fusion: Instruction) -> Instruction:
         """What the TPU compiler writes as a fusion of an all-reduce and slices of its results."""

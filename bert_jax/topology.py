@@ -45,6 +45,7 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
                    'TPU_WORKER_HOSTNAMES': 'localhost', 'TF_CPP_MIN_LOG_LEVEL': '3',
                    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}  # or libtpu looks for a TPU
     jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_enable_compilation_cache', False)  # programs for what is not there cannot be read back
     from jax.experimental import topologies as of_jax
 
     extra: dict[str, Any] = {'chip_config_name': 'megacore'} if layout.startswith(('v4', 'v5p')) else {}

@@ -81,6 +81,58 @@ def test_what_the_tpu_compiler_writes():
     assert [i.free for _, i, _ in program.walk() if i.opcode == 'custom-call'] == [True, False]
 
 
+CARRIED_TEXT = """HloModule m, is_scheduled=true
+
+%all-reduce-scatter.1 (a: bf16[6400,3200]) -> bf16[1600,3200] {
+  %a = bf16[6400,3200] parameter(0)
+  %r = bf16[6400,3200] all-reduce(%a), channel_id=1, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  ROOT %s = bf16[1600,3200] dynamic-slice(%r), dynamic_slice_sizes={1600,3200}
+}
+
+%begin (a: bf16[1600,3200]) -> (bf16[1600,3200], bf16[6400,3200]) {
+  %a = bf16[1600,3200] parameter(0)
+  %g = bf16[6400,3200] all-gather(%a), channel_id=2, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  ROOT %c = (bf16[1600,3200], bf16[6400,3200]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (a: bf16[1600,3200], x: f32[8,128]) -> f32[8,128] {
+  %a = bf16[1600,3200] parameter(0)
+  %x = f32[8,128] parameter(1)
+  %g = bf16[6400,3200] all-gather(%a), channel_id=2, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  ROOT %y = f32[8,128] tanh(%x)
+}
+
+%end (a: bf16[1600,3200]) -> bf16[6400,3200] {
+  %a = bf16[1600,3200] parameter(0)
+  %g = bf16[6400,3200] all-gather(%a), channel_id=2, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  ROOT %c = bf16[6400,3200] custom-call(%a, %g), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[1600,3200], x: f32[8,128]) -> bf16[1600,3200] {
+  %a = bf16[1600,3200] parameter(0)
+  %x = f32[8,128] parameter(1)
+  %f = (bf16[1600,3200], bf16[6400,3200]) fusion(%a), kind=kCustom, calls=%begin
+  %y = f32[8,128] fusion(%a, %x), kind=kLoop, calls=%beside, backend_config={"estimated_cycles":"CYCLES"}
+  %w = bf16[6400,3200] fusion(%a), kind=kCustom, calls=%end
+  ROOT %s = bf16[1600,3200] fusion(%w), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_collectives_that_fusions_carry_on():
+    """One all-gather through three fusions, waited for as far as the work beside it is shorter; one reduce-scatter."""
+    known = hardware.DEVICES['TPU v5e']
+    size = 6400 * 3200 * 2
+    one = 0.75 * size / (known.link_gb_s * 1e9)
+    for cycles, least, most in ((10**6, 1, 1), (0, 1.2, 1.8)):
+        program = hlo.Program(CARRIED_TEXT.replace('CYCLES', str(cycles)))
+        step = check.Step(None, program, None, MESH, 0.0, 0)
+        assert check.collectives(step) == [
+            {'kind': kind, 'axes': 'data', 'in_loop': False, 'bytes': size, 'times': 1} for kind in ('all-gather', 'reduce-scatter')]
+        spent = check.estimate_step(program, known, MESH)['collectives']
+        assert least * one <= spent <= most * one * (1 + 1e-9)
+
+
 BAD_TEXT = """HloModule m, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
