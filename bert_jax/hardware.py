@@ -37,7 +37,10 @@ DEVICES = {  # the longest name that a device's kind begins with
     'TPU v6e': Device(918, 31.25, 1.6, 448, 1.75),
     'NVIDIA A100': Device(312, 80, 2.0, 300),
     'NVIDIA H100': Device(989, 80, 3.35, 450),
+    'NVIDIA H100 PCIe': Device(756, 80, 2.0, 300),
+    'NVIDIA H100 NVL': Device(835, 94, 3.9, 300),
     'NVIDIA H200': Device(989, 141, 4.8, 450),
+    'NVIDIA H200 NVL': Device(835, 141, 4.8, 450),
 }
 DATA_CENTRE_GB_S = 6.25  # a chip's share of its host's network between slices: 25 GB/s for four chips
 
