@@ -68,7 +68,7 @@ COLUMNS = {  # of both phases, with a slash between them
     'limited by': lambda p: max(('products', 'memory', 'on chip', 'collectives'), key=lambda part: p['estimate'].get(part, 0)),
     'gradients sent, of the least': lambda p: f'{sent(p):.2f}',
     'compiled in, s': lambda p: f'{p["compile_seconds"]:.0f}',
-    'commit': lambda p: p['commit'],
+    'libtpu, commit': lambda p: f'{p["libtpu"]}, {p["commit"]}',
 }
 
 
@@ -85,7 +85,7 @@ def table(found):
         if name not in PUBLISHED:
             count, chips = phases[0]['devices'], phases[0]['chips']
             hours = sum(phase['steps'] * phase['estimate']['seconds'] for phase in phases) / 3600
-            cells = [' / '.join(make(phase) for phase in phases) for make in COLUMNS.values()]
+            cells = [' / '.join(dict.fromkeys(make(phase) for phase in phases)) for make in COLUMNS.values()]
             rows.append(f'| `{name}` | {count} x {phases[0]["device"]}, {phases[0]["memory"]["available"] / 2**30:.1f} GiB | {" | ".join(cells)} '
                         f'| {hours:,.1f} h, {hours * chips:,.0f} chip-hours |')
     faults = [f'`{name}`: {what}' for name, phases in found.items() for what in wrong(phases)]

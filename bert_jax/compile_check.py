@@ -17,6 +17,7 @@ import itertools
 import json
 import pathlib
 import re
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -128,7 +129,7 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
         'sequences_per_second': batch_size / seconds, 'mfu': work / seconds / (known.peak_tflops * 1e12 * count),
         'collectives': compiled.collectives(step),
         'least_bytes': compiled.least_bytes(step, config, row, batch_size),
-        'code': distributed.code_version(),
+        'code': distributed.code_version(), 'libtpu': metadata.version('libtpu'),
         'findings': compiled.findings(step, config, row, batch_size),
         'parameters': [list(row) for row in partition.describe(step.state.params, step.mesh)]}
 
@@ -223,7 +224,7 @@ def show(result: dict[str, Any], parameters: bool) -> None:
     used, parts = result['memory'], result['estimate']
     print(f'{result["devices"]} x {result["device"]}, {mesh}; length {result["length"]}, batch '
           f'{result["batch_size"]:,} ({result["batch_size"] / result["devices"]:g} a device); compiled in '
-          f'{result["compile_seconds"]:.0f} s')
+          f'{result["compile_seconds"]:.0f} s by libtpu {result["libtpu"]}')
     sizes = ', '.join(f'{name} {used[name] / 2**30:.2f}'
                       for name in ('parameters', 'optimizer', 'batch', 'temporaries', 'code'))
     print(f'  memory a device, GiB: {sizes}; together {used["total"] / 2**30:.2f} of {used["available"] / 2**30:.2f}; '

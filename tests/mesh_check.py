@@ -31,9 +31,9 @@ def run(shape, accumulation):
     model = models.build('model.embeddings.dropout_rate=0.0', 'model.encoder.unroll=1')
     tx = optimizer.make_optimizer('adamw', **SETTINGS)
     made = [global_batch(i) for i in range(STEPS)]
-    state = train.make_init(model, tx, made[0], mesh)(0)
-    state = state.replace(params=jax.device_put(models.random_params(model, made[0], scale=0.05),
-                                                partition.state_shardings(state.params, mesh)))
+    params = models.random_params(model, made[0], scale=0.05)
+    state = train.TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+    state = jax.device_put(state, partition.state_shardings(state, mesh))
     before = flat(state.params)
     step = train.make_train_step(model, tx, mesh, accumulation, state)
     hyper = train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0)

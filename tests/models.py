@@ -38,7 +38,7 @@ def batch(rng=None, padded=True):
 
 def random_params(model, example, seed=0, scale=0.2):
     """Every tensor random and of realistic size, LayerNorm scales and biases too, so that no swap can hide."""
-    params = model.init(jax.random.key(0), example, train=False)['params']
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), example, train=False))['params']
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
