@@ -30,7 +30,10 @@ from bert_jax.model import encoders
 
 VOCAB_SIZE = 30522  # where the config leaves it to the tokenizer
 # (written by benchmarks/pods.py)
-JUDGED = 'not held against any step of a real slice yet'
+JUDGED = (
+    'BERT-large at 256 tokens on v4:4x4x4: 163 sequences/s a chip estimated for this program, 195 '
+    'measured by Google for theirs (MLPerf v1.0), 0.84 of it'
+)
 # (to here)
 REMATS = tuple(encoders.REMAT)  # from what keeps most to what keeps least
 SEARCHED = ('batch', 'fsdp', 'tensor', 'remat', 'unroll', 'accumulation')

@@ -9,7 +9,20 @@ each needs and takes by the TPU compiler (memory a device, estimated step, MFU a
 more, in docs/pods.md:
 
 (written by benchmarks/pods.py)
-    base_v5e_16       128:   4.3 GiB,     91 ms, MFU  25%; 512:   5.5 GiB,    141 ms, MFU  17%
+    base_v3_32        128:   1.5 GiB,     91 ms, MFU  40%; 512:   2.1 GiB,    126 ms, MFU  31%
+    base_v4_64        128:   2.7 GiB,     57 ms, MFU  28%; 512:   3.5 GiB,     90 ms, MFU  20%
+    base_v5e_16       128:   2.7 GiB,     66 ms, MFU  34%; 512:   3.6 GiB,    116 ms, MFU  21%
+    base_v5e_64       128:   2.7 GiB,     65 ms, MFU  35%; 512:   3.6 GiB,    115 ms, MFU  21%
+    base_v5e_256      128:   1.3 GiB,     35 ms, MFU  33%; 512:   1.8 GiB,     47 ms, MFU  26%
+    base_v5p_32       128:   5.3 GiB,     63 ms, MFU  31%; 512:   7.6 GiB,     94 ms, MFU  22%
+    base_2x_v5e_256   128:   1.5 GiB,     39 ms, MFU  29%; 512:   2.0 GiB,     49 ms, MFU  25%
+    large_v3_32       128:   1.9 GiB,    152 ms, MFU  41%; 512:   2.7 GiB,    201 ms, MFU  33%
+    large_v4_64       128:   6.0 GiB,    159 ms, MFU  35%; 512:   8.7 GiB,    247 ms, MFU  24%
+    large_v5e_16      128:   6.0 GiB,    193 ms, MFU  40%; 512:   8.7 GiB,    329 ms, MFU  25%
+    large_v5e_64      128:   6.0 GiB,    191 ms, MFU  41%; 512:   8.8 GiB,    332 ms, MFU  25%
+    large_v5e_256     128:   3.2 GiB,    100 ms, MFU  39%; 512:   4.5 GiB,    159 ms, MFU  26%
+    large_v5p_32      128:   6.2 GiB,     93 ms, MFU  36%; 512:   9.0 GiB,    135 ms, MFU  26%
+    large_2x_v5e_256  128:   3.4 GiB,    104 ms, MFU  38%; 512:   4.6 GiB,    151 ms, MFU  27%
 (to here)
 """
 
