@@ -51,6 +51,16 @@ def run(shape, accumulation):
             'gathers': gathers}
 
 
+def temporaries():
+    """Bytes of them in a step under fsdp, of which gathered kernels would be more than half, and of all those kernels."""
+    model = models.build('model.encoder.unroll=1', 'model.encoder.num_layers=16', 'model.embeddings.hidden_size=64', 'model.encoder.mlp_size=512')
+    tx, mesh = optimizer.make_optimizer('adamw', **SETTINGS), partition.make_mesh((1, 8, 1))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype), global_batch(0))
+    state = train.state_shapes(model, tx, batch)
+    step = train.make_train_step(model, tx, mesh, 1, state).lower(state, batch, train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0))
+    return step.compile().memory_analysis().temp_size_in_bytes, 16 * (4 * 64 * 64 + 2 * 64 * 512) * 4
+
+
 def flat(params):
     return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(params)])
 
@@ -136,7 +146,7 @@ def main():
     for result in results.values():
         del result['updates']
     evaluations = [evaluation(*case) for case in ((1, 4), (1, 29), (2, 6), (8, 8), (8, 32))]
-    print(json.dumps(results | {'dropout_rows': dropout_rows(), 'evaluations': evaluations, 'count': int(sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(
+    print(json.dumps(results | {'dropout_rows': dropout_rows(), 'temporaries': temporaries(), 'evaluations': evaluations, 'count': int(sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(
         lambda: models.build().init(jax.random.key(0), jax.tree.map(jnp.asarray, global_batch(0)), train=False)))) or 0)}))
 
 

@@ -52,6 +52,11 @@ def test_parameters_shrink_as_the_axes_say(results):
         assert 0.9 * expected < results['2 data x 2 fsdp x 2 tensor']['per_device'][part] < 1.1 * expected
 
 
+def test_gathered_parameters_are_not_kept_for_the_backward_pass(results):
+    used, kernels = results['temporaries']
+    assert used < kernels  # 3.5 and 5.2 MB; kept, they would be in 8.6
+
+
 def test_gradients_are_reduced_once_a_step_and_never_inside_the_loop(results):
     """In pure data-parallel training nothing but gradients is large: not one element crosses in the loop."""
     inside_outside = results['8 data, accumulation 4']['reductions']
