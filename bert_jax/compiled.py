@@ -99,10 +99,13 @@ def estimate_step(program: hlo.Program, known: hardware.Device, mesh: jax.shardi
 
 def _seconds(program: hlo.Program, computation: str, known: hardware.Device, mesh: jax.sharding.Mesh
              ) -> collections.Counter:
-    """Of a computation, by what limits; what is started and awaited later costs what was not there by then."""
+    """Of a computation, by what limits; what is started and awaited later costs what was not there by then.
+
+    What goes between slices waits for what was sent there before.
+    """
     spent: collections.Counter = collections.Counter()
     started: dict[str, tuple[str, float]] = {}  # -> what it is, when it will be there
-    now = 0.0
+    now = network = 0.0  # when the way to the other slices is free
     for instruction in program.computations[computation].values():
         what, took = '', 0.0
         if instruction.opcode.endswith('-done'):
@@ -116,7 +119,10 @@ def _seconds(program: hlo.Program, computation: str, known: hardware.Device, mes
             now += sum(inner.values()) - inner['random bits']
         elif not instruction.free:
             what, took = _limit(program, computation, instruction, known, mesh)
-            if instruction.opcode.endswith('-start'):
+            if instruction.between_slices:
+                network = max(now, network) + took
+                started[instruction.name], took = (what, network), 0.0
+            elif instruction.opcode.endswith('-start'):
                 started[instruction.name], took = (what, now + took), 0.0
             carried, ends = program.carried(instruction)
             for one in carried:
@@ -152,6 +158,8 @@ def _collective(instruction: hlo.Instruction) -> str:
 
 def _group(instruction: hlo.Instruction, mesh: jax.sharding.Mesh) -> tuple[str, int]:
     """(mesh axes, devices) that a collective joins: along which its first group runs."""
+    if instruction.between_slices:
+        return 'slice', mesh.shape['slice']
     members = _members(instruction.attributes)
     if members is None:
         members = np.arange(mesh.size)
@@ -199,7 +207,7 @@ def _collective_seconds(instruction: hlo.Instruction, kind: str, known: hardware
         return 0.0
     rounds = 1.0 if kind == 'collective-permute' else (2.0 if kind == 'all-reduce' else 1.0) * (size - 1) / size
     payload = _payload(instruction) * (size if kind == 'reduce-scatter' else 1)
-    rate = hardware.DATA_CENTRE_GB_S if 'slice' in axes else known.link_gb_s
+    rate = known.network_gb_s if 'slice' in axes else known.link_gb_s
     return rounds * payload / (rate * 1e9)
 
 
@@ -231,17 +239,19 @@ def _loops(program: hlo.Program) -> set[str]:
 def least_bytes(step: Step, config: ConfigDict, length: int, batch_size: int) -> dict[str, int]:
     """The least that a step must send of what, in bf16.
 
-    Gradients: each once, of the parameters that a device holds of `tensor`'s share, and what `fsdp` leaves a device of
-    them once more, over the other axes. Parameters over `fsdp`: each gathered for the forward and for the backward
+    Gradients: each once over `fsdp`, of the parameters that a device holds of `tensor`'s share; what that leaves a device
+    of them over `data`, and what that leaves between slices. Parameters over `fsdp`: each gathered for the forward and for the backward
     pass. Activations over `tensor`: four sums of [B, L, D] a layer.
     """
     shardings = jax.tree.leaves(partition.gathered(step.state.params, step.mesh))
     params = sum(2 * math.prod(s.shard_shape(x.shape)) for x, s in zip(jax.tree.leaves(step.state.params), shardings))
     rows = batch_size // partition.data_devices(step.mesh)
     activations = 4 * config.model.encoder.num_layers * rows * length * config.model.embeddings.hidden_size * 2
-    devices, fsdp = partition.data_devices(step.mesh), step.mesh.shape['fsdp']
-    return {'gradients': params * (devices > 1) + params // fsdp * (devices > fsdp > 1),
-            'parameters over fsdp': 2 * params * (fsdp > 1),
+    gradients, held = 0, params
+    for axis in reversed(partition.BATCH):
+        gradients += held * (step.mesh.shape[axis] > 1)
+        held //= step.mesh.shape[axis]
+    return {'gradients': gradients, 'parameters over fsdp': 2 * params * (step.mesh.shape['fsdp'] > 1),
             'activations over tensor': activations if step.mesh.shape['tensor'] > 1 else 0}
 
 

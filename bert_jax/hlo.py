@@ -14,7 +14,7 @@ BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, '
          'u64': 8, 'f64': 8, 'token': 0}
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'iota',
-        'opt-barrier', 'while', 'conditional', 'call', 'copy-done', 'slice-done', 'async-done', 'async-update'}
+        'opt-barrier', 'while', 'conditional', 'call', 'copy-done', 'slice-done', 'async-done', 'async-update', 'recv'}
 NAMES_ONLY = {'AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound'}  # custom calls that move nothing
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 
@@ -58,6 +58,11 @@ class Instruction:
         """Where in the model it comes from."""
         return self.attribute(r'op_name="([^"]*)"')
 
+    @property
+    def between_slices(self) -> str:
+        """The name of what it sends or receives over the data-centre's network; '' for none."""
+        return self.attribute(r'_xla_host_transfer_rendezvous="([^"]*)"')
+
 
 class Program:
     """A compiled program.
@@ -84,6 +89,7 @@ class Program:
         for body in self.computations.values():
             body |= {name: self._reduce_scatter(i) for name, i in body.items()
                      if 'calls=%all-reduce-scatter' in i.attributes}
+            body |= _between_slices(body)
 
     def _reduce_scatter(self, fusion: Instruction) -> Instruction:
         """What the TPU compiler writes as a fusion of an all-reduce and slices of its results."""
@@ -111,10 +117,24 @@ class Program:
             r'(?:to_apply|calls|true_computation|branch_computations)=\{?%?([\w.\-]+)', instruction.attributes)]
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a counted loop runs: the constant that its condition compares with."""
+        """How often a counted loop runs: from what its counter begins with to the constant that ends it.
+
+        A loop whose first round the compiler has taken out begins with 1.
+        """
         condition = self.computations[loop.attribute(r'condition=%?([\w.\-]+)')]
         limits = [int(i.operands[0]) for i in condition.values() if i.opcode == 'constant' and i.operands[0].isdigit()]
-        return max(limits, default=1)
+        counters = [int(i.attribute(r'index=(\d+)')) for i in condition.values() if i.opcode == 'get-tuple-element']
+        return max(limits) - self._first(loop, min(counters)) if limits and counters else 1
+
+    def _first(self, loop: Instruction, counter: int) -> int:
+        """What a loop's counter begins with; 0 where that is no constant."""
+        body = next(body for body in self.computations.values() if body.get(loop.name) is loop)
+        start = body[loop.operands[0]]
+        if start.opcode == 'tuple':
+            start = body[start.operands[counter]]
+        while start.opcode in ('copy', 'bitcast'):
+            start = body[start.operands[0]]
+        return int(start.operands[0]) if start.opcode == 'constant' and start.operands[0].isdigit() else 0
 
     def carried(self, instruction: Instruction) -> tuple[list[Instruction], bool]:
         """The collectives that a fusion carries on beside its work, and whether it waits for their end.
@@ -204,6 +224,19 @@ class Program:
                                int(one['stride'] or 1), int((one['pad'] or '0_0').split('_')[0]),
                                int(one['lhs_dilate'] or 1), int(one['rhs_dilate'] or 1))
         return count
+
+
+def _between_slices(body: dict[str, Instruction]) -> dict[str, Instruction]:
+    """A collective between slices, written as a send to the host and a recv from it, as one that is started and awaited."""
+    found: dict[str, Instruction] = {}
+    sent = {i.between_slices: name for name, i in body.items() if i.opcode == 'send'}
+    for name, i in body.items():
+        if i.opcode == 'send' and i.between_slices:
+            kind = i.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace('_', '-')
+            found[name] = dataclasses.replace(i, opcode=f'{kind}-start', arrays=i.arrays[:1])
+        elif i.opcode == 'recv-done' and body[i.operands[0]].between_slices:
+            found[name] = dataclasses.replace(i, operands=(sent[body[i.operands[0]].between_slices],))
+    return found
 
 
 def _meetings(inputs: int, outputs: int, size: int, stride: int, pad: int, input_gap: int, window_gap: int) -> int:
