@@ -103,8 +103,13 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
     """All figures of one phase.
 
     Raises:
+      UserError: a compiler that is known to crash on it.
       TooMuch: it does not fit the memory; names the bytes.
     """
+    version = metadata.version('libtpu')
+    if version.startswith('0.0.42') and devices[0].device_kind == 'TPU v6 lite' and length >= 384:
+        raise UserError(f'libtpu {version} crashes on v6e at lengths of 384 and more: '
+                        "pip install --no-deps 'libtpu==0.0.43.*'.")
     try:
         step = compiled.compile_step(config, devices, length, batch_size)
     except jax.errors.JaxRuntimeError as error:
@@ -132,7 +137,7 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
         'sequences_per_second': batch_size / seconds, 'mfu': work / seconds / (known.peak_tflops * 1e12 * count),
         'collectives': compiled.collectives(step),
         'least_bytes': compiled.least_bytes(step, config, row, batch_size),
-        'code': distributed.code_version(), 'libtpu': metadata.version('libtpu'),
+        'code': distributed.code_version(), 'libtpu': version,
         'findings': compiled.findings(step, config, row, batch_size),
         'parameters': [list(row) for row in partition.describe(step.state.params, step.mesh)]}
 

@@ -239,9 +239,9 @@ def _loops(program: hlo.Program) -> set[str]:
 def least_bytes(step: Step, config: ConfigDict, length: int, batch_size: int) -> dict[str, int]:
     """The least that a step must send of what, in bf16.
 
-    Gradients: each once over `fsdp`, of the parameters that a device holds of `tensor`'s share; what that leaves a device
-    of them over `data`, and what that leaves between slices. Parameters over `fsdp`: each gathered for the forward and for the backward
-    pass. Activations over `tensor`: four sums of [B, L, D] a layer.
+    Gradients: each once over `fsdp`, of the parameters that a device holds of `tensor`'s share; what that leaves a
+    device of them over `data`, and what that leaves between slices. Parameters over `fsdp`: each gathered for the
+    forward and for the backward pass. Activations over `tensor`: four sums of [B, L, D] a layer.
     """
     shardings = jax.tree.leaves(partition.gathered(step.state.params, step.mesh))
     params = sum(2 * math.prod(s.shard_shape(x.shape)) for x, s in zip(jax.tree.leaves(step.state.params), shardings))

@@ -227,7 +227,7 @@ class Program:
 
 
 def _between_slices(body: dict[str, Instruction]) -> dict[str, Instruction]:
-    """A collective between slices, written as a send to the host and a recv from it, as one that is started and awaited."""
+    """A collective between slices, a send to the host and a recv from it, as one that is started and awaited."""
     found: dict[str, Instruction] = {}
     sent = {i.between_slices: name for name, i in body.items() if i.opcode == 'send'}
     for name, i in body.items():

@@ -12,8 +12,8 @@ import pytest
 from conftest import expect_error, run_module
 from ml_collections import ConfigDict
 
+from bert_jax import cli, compile_check, flops, hardware, hlo, partition, topology, train
 from bert_jax import compiled as check
-from bert_jax import flops, hardware, hlo, partition, topology, train
 from bert_jax.cli import UserError
 
 LIBTPU = importlib.util.find_spec('libtpu') is not None
@@ -297,6 +297,14 @@ def test_what_does_not_fit_is_refused_with_what_does():
 def test_a_search_says_what_it_does_not_take():
     for words, said in ((['batch=x'], "'x' is not a number"), (['batch=8', '--tokens', '1e9'], 'leave them out')):
         expect_error(run_module('compile_check', *TINY_BF16, '--topology', 'v5e-16', '--search', *words), said)
+
+
+@pytest.mark.skipif(not LIBTPU, reason='needs the TPU compiler: pip install -r requirements-tpu.txt')
+def test_a_compiler_that_crashes_is_not_called(monkeypatch):
+    config = cli.load_config('configs/pods.py:base_v6e_16', ['--config.model.embeddings.vocab_size=128'])
+    monkeypatch.setattr(compile_check.metadata, 'version', lambda name: '0.0.42.1')
+    with pytest.raises(UserError, match=r"pip install --no-deps 'libtpu==0\.0\.43\.\*'"):
+        compile_check.measure(config, topology.devices('v6e-16'), 512, 64)
 
 
 def test_unknown_names_are_one_line():
