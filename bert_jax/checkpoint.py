@@ -99,7 +99,7 @@ class Checkpoints:
     def _finish(self, folder: epath.Path, step: int, scores: dict[str, float]) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
-            _write_manifest(folder, step, scores)
+            _write_manifest(folder, step, scores, _hashes(folder))
             self._delete_old()
 
     def _failed(self, folder: epath.Path, error: Exception) -> UserError:
@@ -114,9 +114,7 @@ class Checkpoints:
         if self._best:
             kept.add(self.best_step())
         for step in set(steps) - kept:
-            folder = self._folder / f'{step:08d}'
-            (folder / 'manifest.json').unlink()  # from now on unfinished, whatever happens next
-            folder.rmtree()
+            _delete(self._folder / f'{step:08d}')
 
     def steps(self) -> list[int]:
         """Finished steps, oldest first."""
@@ -146,11 +144,13 @@ class Checkpoints:
         return sorted(steps, key=lambda step: (-scores[step][self._best], step))
 
     def resume(self, state: Any) -> Any:
-        """The newest whole state, laid out as `state` is; `state` itself when there is none.
+        """The newest whole state, laid out as `state` is; `state` itself when there is none, or only parameters of it.
 
         Newer steps, which are damaged then, count as unfinished from here on.
         """
         step = self.newest_whole() if jax.process_index() == 0 else None
+        if step is not None and not (self._folder / f'{step:08d}' / 'rest').exists():
+            step = None
         for newer in self.steps() if jax.process_index() == 0 else ():
             if step is None or newer > step:
                 (self._folder / f'{newer:08d}' / 'manifest.json').unlink()
@@ -182,13 +182,26 @@ class Checkpoints:
         manifest = _read_manifest(folder)
         if manifest is None:
             return 'manifest.json is damaged'
-        expected, found = manifest['files'], _hashes(folder)
-        for name in sorted(expected.keys() | found.keys()):
+        found = _hashes(folder)
+        for name, expected in sorted(manifest['files'].items()):
             if name not in found:
                 return f'{name} is missing'
-            if expected.get(name) != found[name]:
+            if expected != found[name]:
                 return f'{name} is damaged'
         return ''
+
+    def keep_best_params(self) -> None:
+        """Deletes what a finished run needs no more: every step but the best, and the best one's optimizer state."""
+        best = self.best_whole()
+        for step in self.steps() if best is not None else ():
+            folder = self._folder / f'{step:08d}'
+            if step != best:
+                _delete(folder)
+            elif (folder / 'rest').exists():
+                manifest = _read_manifest(folder)
+                files = {name: sha for name, sha in manifest['files'].items() if not name.startswith('rest/')}
+                _write_manifest(folder, step, manifest['scores'], files)  # from now on the rest is no part of it
+                (folder / 'rest').rmtree()
 
     def restore(self, step: int, item: str, abstract: Any = None) -> Any:
         """One item ('params' or 'rest') of a step, as arrays on the shardings of `abstract`."""
@@ -209,13 +222,18 @@ def write_params(folder: epath.PathLike, params: Any, scores: dict[str, float]) 
     try:
         with ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler()) as writer:
             writer.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
-        _write_manifest(step, 0, scores)
+        _write_manifest(step, 0, scores, _hashes(step))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f'{step}: could not be written ({last_line(error)[:200]}).') from error
 
 
-def _write_manifest(folder: epath.Path, step: int, scores: dict[str, float]) -> None:
-    content = {'step': step, 'scores': scores, 'files': _hashes(folder)}
+def _delete(folder: epath.Path) -> None:
+    (folder / 'manifest.json').unlink()  # from now on unfinished, whatever happens next
+    folder.rmtree()
+
+
+def _write_manifest(folder: epath.Path, step: int, scores: dict[str, float], files: dict[str, str]) -> None:
+    content = {'step': step, 'scores': scores, 'files': files}
     paths.write_whole(folder / 'manifest.json', json.dumps(content | {'sha256': _seal(content)}, indent=1))
 
 

@@ -61,19 +61,24 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
     """
     if not config.init_from:
         raise UserError('--config.init_from=W0 is missing: a workdir, a Hugging Face folder or name, or a TF1 folder.')
-    cli.check_ranges(config, cli.RANGES | RANGES)
+    cli.check_ranges(config, {'seeds': (1, math.inf)})
     if config.best.endswith(LOWER_IS_BETTER):
         raise UserError(f'--config.best={config.best}: the highest is kept, so name a score that grows '
                         'with quality.')
     runs = sweep.expand(config)
+    for one in runs:
+        cli.check_ranges(one.config, cli.RANGES | RANGES)
+    other, what = ('runs', 'several runs') if len(runs) == 1 else ('config.json', 'a single run')
+    if (epath.Path(path) / other).exists():
+        raise UserError(f'{path}: holds {what}; give another --workdir.')
     if len(runs) == 1:
-        return run(Job(config), config, path)
+        return run(Job(runs[0].config), runs[0].config, path)
     return sweep.run_all(config, path, runs, Job, run)
 
 
 LOWER_IS_BETTER = ('loss', 'mse')
-RANGES = {'num_lengths': (1, math.inf), 'evals_per_epoch': (1, math.inf), 'seeds': (1, math.inf),
-          'epochs': (0, math.inf), 'batch_size': (1, math.inf), 'dropout_rate': (0, 0.99)}
+RANGES = {'num_lengths': (1, math.inf), 'evals_per_epoch': (1, math.inf), 'epochs': (0.001, math.inf),
+          'batch_size': (1, math.inf), 'dropout_rate': (0, 0.99)}
 
 
 class Job:
@@ -82,7 +87,7 @@ class Job:
     Attributes:
       task, kind: what is learned.
       source: the pre-trained model.
-      data: split -> its examples as ids.
+      encoded: split -> its examples as ids, a row each.
       packed: whether several of them share a row.
       model_config: the checkpoint's embeddings and encoder, this task's target.
       init: seed -> a fresh state.
@@ -97,15 +102,17 @@ class Job:
         for part in set(config.frozen) - {'embeddings', 'encoder', 'pooler'}:
             raise unknown('part for --config.frozen', part, ('embeddings', 'encoder', 'pooler'))
         options = self.kind.options(self.task)
-        frozen = tuple(config.frozen) or (('embeddings', 'encoder') if 'features' in options else ())
+        frozen = tuple({*config.frozen, *(('embeddings', 'encoder') if 'features' in options else ())})
         self.model_config = describe_model(config, self.source.model, self.kind.target, options, frozen)
         self.mesh = partition.make_mesh(config.mesh)
         self.packed = config.packed and HEADS[self.kind.target].uses_pooled
-        self.data = self._encode(config)
-        _print_task(config, self.task, self.kind.module.TOO_LONG, self.data)
+        self.encoded = self._encode(config)
+        self._multiple = partition.data_devices(self.mesh) * config.accumulation
+        data = self.data(config.batch_size)
+        _print_task(config, self.task, self.kind.module.TOO_LONG, data)
         self.model = models.build(self.model_config)
         self.tx = optimizer.make_optimizer(**config.optimizer)
-        example = self.data['train'].make(np.arange(1), 1)
+        example = data['train'].make(np.arange(1), 1)
         self.init = train.make_init(self.model, self.tx, example, self.mesh, frozen)
         state = jax.eval_shape(lambda: self.init(0))
         self.step = train.make_train_step(self.model, self.tx, self.mesh, config.accumulation, state, frozen)
@@ -113,10 +120,17 @@ class Job:
         if config.best:
             self._check_best(config)
 
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the process
+    def data(self, batch_size: int) -> dict[str, encoded.Encoded]:
+        """Split -> its examples, packed in rows of the length that suits this batch size."""
+        if not self.packed:
+            return self.encoded
+        return {split: packed.pack(rows, batch_size, self._multiple) for split, rows in self.encoded.items()}
+
     def _check_best(self, config: ConfigDict) -> None:
         """Scores the fresh model: a name that is no score is better found now than after an epoch."""
         split, _, score = config.best.partition('/')
-        splits = [split for split in self.data if split.startswith('dev')]
+        splits = [split for split in self.encoded if split.startswith('dev')]
         if split not in splits:
             raise UserError(f'--config.best={config.best}: SPLIT/SCORE is expected, SPLIT one of {", ".join(splits)}.')
         values = _score(self, split, config.batch_size, 0, self.init(config.seed).params)
@@ -130,9 +144,7 @@ class Job:
 
         splits = [split for split, found in self.task.splits.items() if found]
         if self.packed:
-            multiple = partition.data_devices(self.mesh) * config.accumulation
-            return {split: packed.pack(encode(split, (config.max_length,)), config.batch_size, multiple)
-                    for split in splits}
+            return {split: encode(split, (config.max_length,)) for split in splits}
         rows = encode('train', (config.max_length,))
         lengths = encoded.choose_lengths(rows.longest, config.max_length, config.num_lengths)
         return {'train': dataclasses.replace(rows, lengths=lengths)} | {
@@ -152,8 +164,9 @@ def describe_model(config: ConfigDict, source: ConfigDict, target: str, options:
     model = ConfigDict({'embeddings': source.embeddings, 'encoder': source.encoder, 'dtype': config.dtype,
                         'targets': targets}).copy_and_resolve_references()
     model.encoder.unroll = 1  # a loop over the layers: as fast, and compiled in a quarter of the time
-    rate = config.dropout_rate if 'encoder' not in frozen else 0.0
-    model.embeddings.dropout_rate = model.encoder.dropout_rate = model.encoder.attention_dropout_rate = rate
+    model.embeddings.dropout_rate = 0.0 if 'embeddings' in frozen else config.dropout_rate
+    model.encoder.dropout_rate = 0.0 if 'encoder' in frozen else config.dropout_rate
+    model.encoder.attention_dropout_rate = model.encoder.dropout_rate
     if 'features' in options:
         needed = {'second_to_last': 2, 'sum_last4': 4, 'concat_last4': 4}.get(options['features'], 1)
         if source.encoder.num_layers < needed:
@@ -177,7 +190,7 @@ def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     state = _train(job, config, checkpoints.resume(_initial(job, config)), checkpoints, folder)
     best, params = _best_params(checkpoints, state, path)
     results = checkpoints.scores(best) | {'best_step': best}
-    for split in job.data.keys() - {'train'}:
+    for split in job.encoded.keys() - {'train'}:
         results |= _finish(job, split, params, results, config.batch_size, folder)
     results = dict(sorted(results.items()))
     paths.write_json(folder / 'results.json', results)
@@ -196,7 +209,7 @@ def _initial(job: Job, config: ConfigDict) -> train.TrainState:
 
 def _train(job: Job, config: ConfigDict, state: train.TrainState, checkpoints: checkpoint.Checkpoints,
            folder: epath.Path) -> train.TrainState:
-    data = job.data['train']
+    data = job.data(config.batch_size)['train']
     every = max(1, data.steps(config.batch_size) // config.evals_per_epoch)
     num_steps = max(1, round(data.steps(config.batch_size) * config.epochs))
     start = int(state.step)
@@ -206,7 +219,7 @@ def _train(job: Job, config: ConfigDict, state: train.TrainState, checkpoints: c
     weights = models.target_weights(config.model)
     writer = metrics.Writer(folder, start)
     placed = batches.placed_ahead(_batches(config, data, start, num_steps), partition.batch_sharding(job.mesh))
-    scored = {split: functools.partial(_score, job, split, config.batch_size) for split in job.data
+    scored = {split: functools.partial(_score, job, split, config.batch_size) for split in job.encoded
               if split.startswith('dev')}
     state = train.fit(
         state, job.step, placed, num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed),
@@ -234,21 +247,21 @@ def _score(job: Job, split: str, batch_size: int, step: int, params: Any) -> dic
     """The scores of a dev split."""
     outputs, loss = _outputs(job, split, params, batch_size)
     rows, module = job.task.splits[split], job.kind.module
-    found = module.decode(job.task, rows, job.data[split], outputs)
+    found = module.decode(job.task, rows, job.encoded[split], outputs)
     return {'loss': loss} | module.score(job.task, rows, outputs, found)
 
 
 def _outputs(job: Job, split: str, params: Any, batch_size: int) -> tuple[dict[str, Any], float]:
     """The target's outputs for every example of a split, and the mean loss."""
     sharding = partition.batch_sharding(job.mesh)
-    return evaluate.predict(lambda batch: job.eval_step(params, batches.place(batch, sharding)), job.data[split],
-                            batch_size, job.kind.target)
+    return evaluate.predict(lambda batch: job.eval_step(params, batches.place(batch, sharding)),
+                            job.data(batch_size)[split], batch_size, job.kind.target)
 
 
 def _finish(job: Job, split: str, params: Any, results: dict[str, float], batch_size: int, folder: epath.Path
             ) -> dict[str, float]:
     """Writes the predictions of one split; returns what its labels say of them beside the best checkpoint's scores."""
-    task, rows, module, data = job.task, job.task.splits[split], job.kind.module, job.data[split]
+    task, rows, module, data = job.task, job.task.splits[split], job.kind.module, job.encoded[split]
     if 'dev/null_threshold' in results:
         task = dataclasses.replace(task, settings=task.settings | {'null_threshold': results['dev/null_threshold']})
     outputs, _ = _outputs(job, split, params, batch_size)

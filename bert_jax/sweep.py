@@ -1,28 +1,39 @@
 """Several fine-tuning runs in one process: the paper's grid, restarts, several checkpoints.
 
-    workdir/runs/NAME/     each run, a workdir of its own; its settings and scores in run.json
-    workdir/sweep.json     every run's scores, their mean and spread, the chosen one and the score that chose it
+    workdir/runs/NAME/     each run, a workdir of its own, with its best parameters; its settings and scores in run.json
+    workdir/sweep.json     every run's scores, the chosen one and the score that chose it; mean and spread of each group
     workdir/sweep.tsv      the same as a table; sweep.png: the dev score over steps
+
+A group is what differs by the seed alone; with one seed, the runs from one checkpoint. A run whose loss diverges
+is left out, and says so.
 """
 
 import itertools
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from bert_jax import paths, plots, workdir
+from bert_jax import checkpoint, paths, plots, train, workdir
 from bert_jax.cli import UserError
 
-SUMMARY = {'mean': statistics.mean, 'standard_deviation': statistics.stdev, 'median': statistics.median, 'lowest': min,
-           'highest': max}
+SUMMARY = {'mean': statistics.mean, 'standard_deviation': lambda x: statistics.stdev(x) if len(x) > 1 else 0.0,
+           'median': statistics.median, 'lowest': min, 'highest': max}
 SHORT = {'batch_size': 'batch', 'peak': 'lr', 'epochs': 'epochs', 'seed': 'seed'}
 
 
-def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    """(name, config) of every run: checkpoints x grid x seeds; one run has no name.
+class Run(NamedTuple):
+    """One run: its folder's name, the group over which its score is averaged, and its own config."""
+
+    name: str
+    group: str
+    config: ConfigDict
+
+
+def expand(config: ConfigDict) -> list[Run]:
+    """Every run: checkpoints x grid x seeds.
 
     Raises:
       UserError: a sweep that is not known.
@@ -38,19 +49,24 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         setting = dict(zip(axes, values))
         one = config.copy_and_resolve_references()
         one.init_from, one.seed, one.sweep, one.seeds = setting['init_from'], setting['seed'], '', 1
+        one.grid = ConfigDict()  # a run is the same in a larger grid
         one.schedule.peak = setting.get('peak', one.schedule.peak)
         for key in ('batch_size', 'epochs'):
             one[key] = type(one[key])(setting.get(key, one[key]))
         sources = axes['init_from']
         source = f'{sources.index(setting["init_from"]) + 1}-{epath.Path(setting["init_from"]).name}'
         parts = [source] if len(sources) > 1 else []
-        parts += [f'{short}{setting[key]:g}' for key, short in SHORT.items() if key in axes]
-        runs.append(('-'.join(parts), one))
-    return runs if len(runs) > 1 else [('', runs[0][1])]
+        settings = [_named(setting, key) for key in SHORT if key in axes]
+        group = parts + settings[:-1] if config.seeds > 1 else parts
+        runs.append(Run('-'.join(parts + settings), '-'.join(group) or 'all runs', one))
+    return runs
 
 
-def run_all(config: ConfigDict, path: str, runs: list[tuple[str, ConfigDict]], make_job: Callable, run: Callable
-            ) -> dict[str, float]:
+def _named(setting: dict[str, Any], key: str) -> str:
+    return f'{SHORT[key]}{setting[key] if isinstance(setting[key], int) else format(setting[key], ".12g")}'
+
+
+def run_all(config: ConfigDict, path: str, runs: list[Run], make_job: Callable, run: Callable) -> dict[str, float]:
     """Runs those that are not finished, writes the table, and returns the chosen run's scores.
 
     Args:
@@ -58,50 +74,84 @@ def run_all(config: ConfigDict, path: str, runs: list[tuple[str, ConfigDict]], m
       runs: from `expand`.
       make_job: config -> what runs from one checkpoint share.
       run: (job, config, path) -> scores.
+
+    Raises:
+      UserError: every run diverged.
     """
-    folder, jobs, results = epath.Path(path), {}, {}
-    for number, (name, one) in enumerate(runs, 1):
+    folder, jobs, results, failed = epath.Path(path), {}, {}, {}
+    for number, (name, _, one) in enumerate(runs, 1):
         work, source = folder / 'runs' / name, one.init_from
         done = paths.read_json(work / 'run.json') if (work / 'run.json').exists() else None
         settings = workdir.describe(one)
         if done:
             workdir.must_agree(work, done['settings'], settings)
-            results[name] = done['results'] | {'chosen_by': done['score']}
-            continue
-        print(f'== run {number} of {len(runs)}: {name}')
-        if source not in jobs:
-            jobs = {source: make_job(one)}  # one checkpoint in memory at a time
-        score = config.best or f'dev/{jobs[source].task.best}'
-        found = run(jobs[source], one, str(work))
-        paths.write_json(work / 'run.json', {'settings': settings, 'score': score, 'results': found})
-        results[name] = found | {'chosen_by': score}
-    score = next(iter(results.values()))['chosen_by']
+        else:
+            print(f'== run {number} of {len(runs)}: {name}')
+            if source not in jobs:
+                jobs.clear()  # one checkpoint in memory at a time
+                jobs[source] = make_job(one)
+            done = {'settings': settings, 'score': config.best or f'dev/{jobs[source].task.best}'}
+            try:
+                done['results'] = run(jobs[source], one, str(work))
+            except train.Diverged as error:
+                done['failed'] = str(error)
+            paths.write_json(work / 'run.json', done)
+            checkpoint.Checkpoints(work / 'checkpoints', best=done['score']).keep_best_params()
+        score = done['score']
+        if 'failed' in done:
+            failed[name] = done['failed']
+        else:
+            results[name] = done['results']
+    if not results:
+        raise UserError(f'{path}: every run failed. {next(iter(failed.values()))}')
     chosen = max(results, key=lambda name: results[name][score])
-    values = [found[score] for found in results.values()]
-    summary = {'score': score, 'chosen': chosen} | {name: of(values) for name, of in SUMMARY.items()}
-    paths.write_json(folder / 'sweep.json', summary | {'runs': results})
-    paths.write_whole(folder / 'sweep.tsv', _table(results, chosen, score))
-    plots.sweep(folder, [(name, folder / 'runs' / name) for name, _ in runs], score)
-    _print_table(path, summary, results)
+    groups = _groups(runs, results)
+    summary = {'score': score, 'chosen': chosen, 'failed': failed, 'runs': results, 'groups': {
+        group: {'runs': list(found), 'best': max(found, key=lambda name: found[name][score])} | {
+            word: of([one[score] for one in found.values()]) for word, of in SUMMARY.items()}
+        for group, found in groups.items()}}
+    paths.write_json(folder / 'sweep.json', summary)
+    paths.write_whole(folder / 'sweep.tsv', _table(summary, groups))
+    plots.sweep(folder, [(name, folder / 'runs' / name) for name in results], score)
+    _print_table(path, summary)
     return results[chosen]
 
 
-def _table(results: dict[str, dict[str, Any]], chosen: str, score: str) -> str:
-    """A line a run, the chosen one marked with the score that chose it; then each score's mean, spread and median."""
+def _groups(runs: list[Run], results: dict[str, dict[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Group -> name -> scores, of the runs that have some."""
+    groups: dict[str, dict[str, dict[str, float]]] = {}
+    for run in runs:
+        if run.name in results:
+            groups.setdefault(run.group, {})[run.name] = results[run.name]
+    return groups
+
+
+def _table(summary: dict[str, Any], groups: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A line a run, the chosen one marked with the score that chose it; then of each group every score's spread."""
+    results, chosen = summary['runs'], summary['chosen']
     names = [name for name, value in results[chosen].items()
              if isinstance(value, float) and all(name in found for found in results.values())]
     lines = [['run', 'chosen by', *names]]
     for run, found in results.items():
-        lines.append([run, score if run == chosen else '', *(f'{found[name]:.4f}' for name in names)])
-    for word, of in SUMMARY.items():
-        lines.append([word, '', *(f'{of([found[name] for found in results.values()]):.4f}' for name in names)])
+        lines.append([run, summary['score'] if run == chosen else '', *(f'{found[name]:.4f}' for name in names)])
+    lines += [[run, 'failed', *[''] * len(names)] for run in summary['failed']]
+    for group, members in groups.items():
+        for word, of in SUMMARY.items():
+            values = (of([found[name] for found in members.values()]) for name in names)
+            lines.append([f'{group}: {word}', '', *(f'{value:.4f}' for value in values)])
     return '\n'.join(map('\t'.join, lines)) + '\n'
 
 
-def _print_table(path: str, summary: dict[str, Any], results: dict[str, dict[str, float]]) -> None:
-    score, width = summary['score'], max(map(len, results))
-    print(f'\n{path}: {len(results)} runs (sweep.tsv, sweep.png)')
+def _print_table(path: str, summary: dict[str, Any]) -> None:
+    score, results, failed = summary['score'], summary['runs'], summary['failed']
+    width = max(map(len, (*results, *failed)))
+    print(f'\n{path}: {len(results) + len(failed)} runs (sweep.tsv, sweep.png)')
     for name, found in sorted(results.items(), key=lambda item: -item[1][score]):
         print(f'  {name:<{width}}  {found[score]:.4f}' + ('  <- chosen' if name == summary['chosen'] else ''))
-    print(f'  {score}: mean {summary["mean"]:.4f}, standard deviation {summary["standard_deviation"]:.4f}, median '
-          f'{summary["median"]:.4f}, {summary["lowest"]:.4f} to {summary["highest"]:.4f}; chosen by the dev split.')
+    for name, why in failed.items():
+        print(f'  {name:<{width}}  failed: {why} (its folder deleted, it is tried again.)')
+    for group, one in summary['groups'].items():
+        if len(one['runs']) > 1:
+            print(f'  {group}, {score}: mean {one["mean"]:.4f}, standard deviation {one["standard_deviation"]:.4f}, '
+                  f'median {one["median"]:.4f}, {one["lowest"]:.4f} to {one["highest"]:.4f}')
+    print('  chosen by the dev split.')

@@ -25,6 +25,10 @@ RUN_AHEAD = 2  # steps dispatched beyond the one being computed
 memory.keep_freed()  # on import: once JAX's threads run, each has a pool of its own, which gives back what it frees
 
 
+class Diverged(UserError):
+    """The loss is no number any more."""
+
+
 @flax.struct.dataclass
 class TrainState:
     """All that training changes.
@@ -194,7 +198,7 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
       rates: (step, window's metrics, steps/s) -> speeds to log.
 
     Raises:
-      UserError: the loss is not finite; names the step, its batch and the last good checkpoint.
+      Diverged: the loss is not finite; names the step, its batch and the last good checkpoint.
       Stopped: `stop` said so; the state is saved.
     """
     start = int(state.step)
@@ -254,7 +258,7 @@ def _must_be_finite(window: list[dict[str, Mean]], done: int, checkpoints: Check
             checkpoints.wait()
             steps = checkpoints.steps()
             last = f'the last good checkpoint is step {steps[-1]}' if steps else 'no checkpoint was saved before it'
-            raise UserError(
+            raise Diverged(
                 f'The loss or its gradient is not finite at step {number + 1} (batch number {number}): {last}. '
                 'Lower --config.schedule.peak, or look at that batch.')
 

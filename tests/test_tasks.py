@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bert_jax
-from bert_jax import checkpoint, cli, finetune, scores
+from bert_jax import checkpoint, cli, finetune, scores, sweep
 from bert_jax.cli import UserError
 from bert_jax.data import choices, encoded, glue, spans, tags, tasks, tokenizer
 from bert_jax.data.task import Task
@@ -464,15 +464,23 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
     runs = summary['runs']
     assert len(runs) == 8 and set(runs) == {f'batch{b}-lr{lr}-epochs2-seed{s}' for b in (4, 8) for lr in ('1e-05', '0.002') for s in (0, 1)}
     values = [run['dev/accuracy'] for run in runs.values()]
-    assert summary['mean'] == pytest.approx(np.mean(values)) and summary['standard_deviation'] == pytest.approx(np.std(values, ddof=1))
+    for group, found in summary['groups'].items():  # what differs by the seed alone
+        assert found['runs'] == [f'{group}-seed{s}' for s in (0, 1)]
+        pair = [runs[run]['dev/accuracy'] for run in found['runs']]
+        assert found['mean'] == pytest.approx(np.mean(pair)) and found['standard_deviation'] == pytest.approx(np.std(pair, ddof=1))
+        assert runs[found['best']]['dev/accuracy'] == max(pair)
+    assert len(summary['groups']) == 4 and len({found['mean'] for found in summary['groups'].values()}) > 1
     assert results['dev/accuracy'] == max(values) == runs[summary['chosen']]['dev/accuracy']
     assert 'chosen by the dev split' in capfd.readouterr().out
     with (tmp_path / 'work' / 'sweep.tsv').open() as file:
         lines = {line['run']: line for line in csv.DictReader(file, delimiter='\t')}
     assert [run for run, line in lines.items() if line['chosen by']] == [summary['chosen']]
     assert lines[summary['chosen']]['chosen by'] == 'dev/accuracy'
-    for name, of in (('mean', np.mean(values)), ('median', np.median(values)), ('standard_deviation', np.std(values, ddof=1))):
-        assert float(lines[name]['dev/accuracy']) == pytest.approx(of, abs=1e-4) and summary[name] == pytest.approx(of)
+    for group, found in summary['groups'].items():
+        for name in ('mean', 'median', 'standard_deviation'):
+            assert float(lines[f'{group}: {name}']['dev/accuracy']) == pytest.approx(found[name], abs=1e-4)
+    steps = list((tmp_path / 'work' / 'runs').glob('*/checkpoints/*'))
+    assert len(steps) == 8 and not any((step / 'rest').exists() for step in steps)  # nobody goes on from here
     assert (tmp_path / 'work' / 'sweep.png').stat().st_size > 5000
     assert bert_jax.load(str(tmp_path / 'work'))(text(1))['label'] in 'abc'
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('run.json')}
@@ -504,12 +512,55 @@ def test_a_sweep_compiles_each_shape_once_and_takes_several_checkpoints(model, t
     summary = json.loads((tmp_path / 'work' / 'sweep.json').read_text())
     assert len(summary['runs']) == 16 and len(jobs) == 2  # one a checkpoint, for eight runs each
     for job in jobs:
-        shapes = {job.data['train'].batch(step, size, seed)['input_ids'].shape for size in (4, 8) for seed in (0, 1)
-                  for step in range(job.data['train'].steps(size))}
+        shapes = {job.data(size)['train'].batch(step, size, seed)['input_ids'].shape for size in (4, 8) for seed in (0, 1)
+                  for step in range(job.data(size)['train'].steps(size))}
         assert job.step._cache_size() == len(shapes) >= 2
     assert {run[:2] for run in summary['runs']} == {'1-', '2-'}
     best = {which: max(found['dev/accuracy'] for run, found in summary['runs'].items() if run.startswith(which)) for which in ('1-', '2-')}
     assert summary['runs'][summary['chosen']]['dev/accuracy'] == max(best.values())
+
+
+def test_a_grid_of_one_is_that_one(model, tmp_path):
+    settings = make('classification', tmp_path)
+    finetune.finetune(config('classification', model, settings, 'sweep=paper', 'grid.batch_size=(4,)', 'grid.peak=(3e-5,)', 'grid.epochs=(1,)'),
+                      str(tmp_path / 'work'))
+    found = json.loads((tmp_path / 'work' / 'config.json').read_text())
+    assert (found['batch_size'], found['epochs'], found['schedule']['peak'], found['sweep']) == (4, 1.0, 3e-5, '')
+    with pytest.raises(UserError, match='holds a single run'):
+        finetune.finetune(config('classification', model, settings, 'seeds=2'), str(tmp_path / 'work'))
+
+
+def test_a_sweep_goes_on_beyond_a_run_that_diverges(model, tmp_path, capfd):
+    settings = make('classification', tmp_path)
+    c = config('classification', model, settings, 'sweep=paper', 'grid.batch_size=(8,)', 'grid.peak=(1e38, 1e-3)', 'grid.epochs=(1,)',
+               'optimizer.clip_norm=0.0')
+    finetune.finetune(c, str(tmp_path / 'work'))
+    summary = json.loads((tmp_path / 'work' / 'sweep.json').read_text())
+    assert list(summary['runs']) == ['batch8-lr0.001-epochs1-seed0'] and list(summary['failed']) == ['batch8-lr1e+38-epochs1-seed0']
+    assert 'batch8-lr1e+38-epochs1-seed0\tfailed' in (tmp_path / 'work' / 'sweep.tsv').read_text()
+    assert 'not finite' in capfd.readouterr().out
+    with pytest.raises(UserError, match='holds several runs'):
+        finetune.finetune(config('classification', model, settings), str(tmp_path / 'work'))
+    c.grid.peak = (1e38, 2e38)
+    with pytest.raises(UserError, match='every run failed'):
+        finetune.finetune(c, str(tmp_path / 'work'))
+
+
+def test_a_run_of_a_sweep_has_its_own_shapes_whatever_was_run_before(model, tmp_path):
+    """Rows of the length that suits its batch size, also when the runs of another batch size were finished earlier."""
+    rows = [(text(i % 3, int(n)), 'abc'[i % 3]) for i, n in enumerate(np.random.default_rng(0).geometric(0.2, 300).clip(1, 60))]
+    file = str(table(tmp_path / 'c.csv', ('text', 'label'), rows))
+    c = config('classification', model, {'train_file': file, 'dev_file': file}, 'max_length=64', 'batch_size=64')
+    lengths = [finetune.Job(c).data(size)['train'].row_length for size in (4, 64)]
+    c.batch_size = 4
+    assert lengths == [finetune.Job(c).data(size)['train'].row_length for size in (4, 64)]
+    assert lengths[0] != lengths[1]
+
+
+def test_names_of_runs_are_all_different(model, tmp_path):
+    c = config('classification', model, {}, 'seed=1000000', 'seeds=3', 'sweep=paper', 'grid.peak=(1.00000001e-5, 1e-5)')
+    names = [run.name for run in sweep.expand(c)]
+    assert len(set(names)) == len(names) == 3 * 2 * 2 * 3 and 'batch16-lr1e-05-epochs2-seed1000002' in names
 
 
 def bad(name, folder, content, suffix):
