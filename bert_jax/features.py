@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument('--input', required=True, metavar='FILE', help='texts; - for standard input')
     parser.add_argument('--output', required=True, metavar='DIR')
     parser.add_argument('--layers', default='-1', metavar='L,L', help='(default: -1, the last)')
-    parser.add_argument('--pool', choices=POOLS, default='none', 
+    parser.add_argument('--pool', choices=POOLS, default='none',
                         help='a vector a token, that of the first token, or the mean over all (default: none)')
     parser.add_argument('--format', choices=ENDINGS, default='safetensors')
     parser.add_argument('--max_length', type=int, default=0, metavar='N',
@@ -68,8 +69,8 @@ def write(args: argparse.Namespace) -> None:
         raise UserError(f'{args.input}: no texts in it.')
     folder = paths.check_local(args.output, '--output')
     texts_hash = hashlib.sha256(json.dumps([(row.text, row.pair) for row in rows]).encode()).hexdigest()
-    _check_run(folder, {key: value for key, value in vars(args).items() if key not in ('output', 'batch_size')} | {
-        'texts': len(rows), 'sha256': texts_hash})
+    settings = {key: value for key, value in vars(args).items() if key not in ('input', 'output', 'batch_size')}
+    _check_run(folder, settings | {'step': extract.step, 'texts': len(rows), 'sha256': texts_hash})
     with cli.progress(total=len(rows), unit='text', desc='features') as bar:
         for number, start in enumerate(range(0, len(rows), args.part_size)):
             some = rows[start:start + args.part_size]
@@ -107,6 +108,7 @@ class Extractor:
 
     Attributes:
       layers: their names.
+      step: of a workdir, the step whose parameters these are.
       tokenizer: the model's.
       max_length: tokens of a text.
       truncated: texts so far that were longer.
@@ -118,6 +120,7 @@ class Extractor:
         if max_length and not encoded.SHORTEST <= max_length <= positions:
             raise UserError(f'--max_length {max_length}: {encoded.SHORTEST} to {positions}, the positions of {source}.')
         self.layers, self.tokenizer, self.max_length = layers, model.tokenizer, max_length or positions
+        self.step = model.about.get('step')
         self.truncated = 0
         combine = {name: _layer(name, count) for name in layers}
         config = model.model.copy_and_resolve_references()
@@ -159,7 +162,7 @@ def _layer(name: str, count: int) -> Callable[[jax.Array], jax.Array]:
         return lambda hidden: hidden[-4:].sum(0)
     if name == 'concat4':
         return lambda hidden: jnp.concatenate(list(hidden[-4:]), -1)
-    if name.lstrip('-').isdigit() and 1 <= abs(int(name)) <= count:
+    if re.fullmatch('-?[0-9]+', name) and 1 <= abs(int(name)) <= count:
         return lambda hidden: hidden[int(name)]
     raise UserError(f'--layers {name}: embeddings, 1 to {count}, -1 to -{count}, sum4 and concat4 are known.')
 

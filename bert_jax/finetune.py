@@ -289,6 +289,8 @@ def _print_task(config: ConfigDict, task: Task, too_long: str, data: dict[str, e
     for split, rows in data.items():
         if rows.truncated:
             print(f'note: {rows.truncated:,} {split} {too_long} and were cut.')
+        for note in rows.notes if split == 'train' else ():
+            print(f'note: {note}.')
 
 
 def _print_results(path: str, results: dict[str, float]) -> None:

@@ -16,7 +16,8 @@ from a .jsonl file:
   choice                      context TAB choice TAB ...     {"context", "choices": [...]}
 
 Each input is predicted alone, also by a tagger that was trained with document_context; what is longer than the
-max_length of the fine-tuning is read in windows (span, tagging) or cut.
+max_length of the fine-tuning is read in windows (span, tagging) or cut, with a note on stderr. Empty lines are left
+out, with a note too. A model for spans says that there is no answer if it was fine-tuned to, or with --null_threshold.
 
 From Python, in three lines:
 
@@ -56,13 +57,14 @@ class Predictor:
     Attributes:
       kind: 'fill_mask' or a KINDS name: 'classification', 'tagging', ...
       labels: the names of classes or tags.
+      truncated: inputs so far that were cut.
     """
 
     def __init__(self, source: Pretrained, path: str) -> None:
         self.target = next((target for target in (*KINDS, 'mlm') if target in source.model.targets), '')
         if not self.target:
             raise UserError(f'{path}: its heads ({", ".join(source.model.targets) or "none"}) predict nothing.')
-        self.kind, self.labels = KINDS.get(self.target, 'fill_mask'), source.labels
+        self.kind, self.labels, self.truncated = KINDS.get(self.target, 'fill_mask'), source.labels, 0
         self._config, self._params, self._tokenizer = source.model, source.params, source.tokenizer
         config = source.about.get('config', {})
         task = config.get('task', {})
@@ -72,7 +74,8 @@ class Predictor:
         self._settings |= {'null_threshold': threshold, 'document_context': False}
         self._apply, self._module = self._jitted(), tasks.KINDS[self.kind].module if self.target in KINDS else texts
 
-    def __call__(self, inputs: Input | Sequence[Input], top_k: int = 5, batch_size: int = 32) -> Any:
+    def __call__(self, inputs: Input | Sequence[Input], top_k: int = 5, batch_size: int = 32,
+                 null_threshold: float | None = None) -> Any:
         """Predictions for one input (see the module's table), or a list of them for a list.
 
         fill_mask: {'text', 'masks': [[{'token', 'score'}, ...top_k] for each [MASK]]}.
@@ -80,14 +83,15 @@ class Predictor:
         regression: {'text', 'value'}.
         tagging: {'words', 'tags', 'scores', 'entities': [{'type', 'begin', 'end', 'text', 'score'}]}, positions in
         words.
-        span: {'question', 'text', 'begin', 'end', 'null_odds', 'nbest'}, positions in characters of the passage.
+        span: {'question', 'text', 'begin', 'end', 'null_odds', 'nbest'}, positions in characters of the passage; the
+        text is '' where null_odds are above null_threshold (None: the model's own, if it was fine-tuned with one).
         choice: {'context', 'choices', 'choice', 'text', 'scores'}.
 
         Raises:
           UserError: an input of another shape; a text without [MASK] for fill_mask.
         """
         if isinstance(inputs, (str, tuple, dict)):
-            return self([inputs], top_k, batch_size)[0]
+            return self([inputs], top_k, batch_size, null_threshold)[0]
         if not inputs:
             return []
         if batch_size < 1:
@@ -97,14 +101,22 @@ class Predictor:
         if self.kind == 'fill_mask':
             return self._fill_masks(rows, top_k, batch_size)
         task = Task(self.kind, {}, self.labels, settings=dict(self._settings))
+        if null_threshold is not None:
+            task.settings.update(null_answers=True, null_threshold=null_threshold)
         apply = self._apply
         if self.kind == 'choice':  # the head scores each choice alone, so any number of them will do
             task.settings['num_choices'] = max(len(row.choices) for row in rows)
             apply = self._jitted(task.settings['num_choices'])
         data = module.encode(task, rows, self._tokenizer, self._max_length, lengths(self._max_length))
+        self.truncated += data.truncated
         outputs, _ = evaluate.predict(lambda batch: (apply(self._params, batch), {}), data, batch_size, self.target)
         found = module.decode(task, rows, data, outputs)
         return [module.describe(row) | one for row, one in zip(rows, found)]
+
+    @property
+    def too_long(self) -> str:
+        """What is cut, in words."""
+        return self._module.TOO_LONG
 
     def parse(self, value: Input, where: str = '') -> Any:
         """The kind's example made of one input.
@@ -201,6 +213,8 @@ def main() -> None:
     parser.add_argument('--input', metavar='FILE', help='a file of texts; - for standard input')
     parser.add_argument('--top_k', type=int, default=5, metavar='K', help='tokens for each [MASK] (default: 5)')
     parser.add_argument('--batch_size', type=int, default=32, metavar='B')
+    parser.add_argument('--null_threshold', type=float, metavar='X',
+                        help='spans: no answer where the odds of none are above X (default: as fine-tuned)')
     parser.add_argument('--json', action='store_true', help='print JSON lines')
     args = parser.parse_args()
     read = [('', _parts(text)) for text in args.texts] + (list(read_inputs(args.input)) if args.input else [])
@@ -212,8 +226,11 @@ def main() -> None:
     inputs = [value for _, value in read]
     show: Callable = (lambda result: json.dumps(result, ensure_ascii=False)) if args.json else _plain
     for start in range(0, len(inputs), 32 * args.batch_size):
-        for result in model(inputs[start:start + 32 * args.batch_size], args.top_k, args.batch_size):
+        some = inputs[start:start + 32 * args.batch_size]
+        for result in model(some, args.top_k, args.batch_size, args.null_threshold):
             print(show(result), flush=True)
+    if model.truncated:
+        print(f'note: {model.truncated:,} {model.too_long} and were cut.', file=sys.stderr)
 
 
 def read_inputs(name: str) -> Iterator[tuple[str, Input]]:
@@ -221,14 +238,15 @@ def read_inputs(name: str) -> Iterator[tuple[str, Input]]:
     if name.endswith('.jsonl'):
         yield from tables.read_table(name)
         return
-    try:
-        with contextlib.nullcontext(sys.stdin) if name == '-' else open(name, encoding='utf-8') as lines:
-            yield from ((f'{name}:{number}', _parts(line.rstrip('\n'))) for number, line in enumerate(lines, 1)
-                        if line.strip())
-    except OSError as error:
-        raise UserError(f'{name}: {error.strerror}.') from error
-    except UnicodeDecodeError as error:
-        raise UserError(f'{name}: not valid UTF-8 ({error.reason}).') from error
+    empty = 0
+    with contextlib.nullcontext(sys.stdin) if name == '-' else tables.open_text(name) as lines:
+        for number, line in enumerate(tables.decoded(name, lines), 1):
+            if line.strip():
+                yield f'{name}:{number}', _parts(line.rstrip('\r\n'))
+            else:
+                empty += 1
+    if empty:
+        print(f'note: {empty:,} empty lines of {name} are left out.', file=sys.stderr)
 
 
 def _parts(line: str) -> Input:

@@ -112,7 +112,9 @@ def squad(answers: Mapping[str, Sequence[str]], predictions: Mapping[str, str],
     """
     each = {'exact': {}, 'f1': {}}
     for id_, gold in answers.items():
-        gold = [answer for answer in gold if normalize_answer(answer)] or ['']
+        if null_odds is not None:
+            gold = [answer for answer in gold if normalize_answer(answer)]
+        gold = gold or ['']
         for name, measure in (('exact', exact_match), ('f1', token_f1)):
             each[name][id_] = max(measure(answer, predictions[id_]) for answer in gold)
     result = {name: 100 * float(np.mean(list(values.values()))) for name, values in each.items()}

@@ -8,12 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+import sklearn.metrics
 from conftest import ROOT
 from test_tasks import config, json_lines, make, model, table  # noqa: F401 - model is a fixture
 
-from bert_jax import finetune, plots
+from bert_jax import cli, finetune, plots
 from bert_jax.cli import UserError
 from bert_jax.data import choices, glue, spans, tags, tasks
+from bert_jax.data.task import Task
 
 WORDS, TAGS = (['EU', 'rejects', 'German', 'call'], ['Peter', 'Blackburn']), (['B-ORG', 'O', 'B-MISC', 'O'], ['B-PER', 'I-PER'])
 
@@ -79,7 +81,23 @@ SQUAD = {'data': [{'paragraphs': [{'context': 'b c', 'qas': []}]}]}
     ('tagging', '.csv', 'words,tags\n ,\n', (), ('bad.csv:2', 'no words')),
     ('tagging', '.jsonl', '{"words": ["a"], "tags": [1]}\n', (), ('bad.jsonl:1', 'tags is neither a text nor a list')),
     ('tagging', '.tsv', 'text\ttags\na\tO\n', ('task.word_column=tokens',), ('bad.tsv:2', "no column 'tokens'", 'text, tags')),
-    ('tagging', '.conll', 'a O\nb B-X\n', ("task.labels=('O','B-Y')",), ('bad.conll:1', "tag 'B-X' of 'b'", 'O, B-Y')),
+    ('tagging', '.conll', 'a O\nb B-X\n', ("task.labels=('O','B-Y')",), ('bad.conll:2', "tag 'B-X' of 'b'", 'O, B-Y')),
+    ('tagging', '.conll', 'a N\nb N\n', ('task.tag_column=1',), ('bad.conll:1', "'N' is not a tag")),
+    ('tagging', '.conll', 'a O\nb O\n', (), ('bad.conll: no tag but O',)),
+    ('tagging', '.conll', 'a B-X\nb E-X\n', (), ('bad.conll:2', 'IOBES (scheme=iobes)')),
+    ('tagging', '.csv', 'words,tags\na,B-X\n', ('task.document_context=True',), ('tables say nothing of documents',)),
+    ('classification', '.csv', 'text,label\n"a\nb",x\nc,y,z\n', (), ('bad.csv:4', '3 columns where the header has 2')),
+    ('classification', '.csv', 'text,label,label\na,x,y\n', (), ('bad.csv:1', "the column 'label' stands twice")),
+    ('classification', '.xls', 'text,label\na,x\n', (), ('bad.xls', '.csv, .tsv, .jsonl')),
+    ('classification', '.jsonl', '{"text": null, "label": "x"}\n', (), ('bad.jsonl:1', 'text is null, which is no text')),
+    ('classification', '.jsonl', '{"text": ["a", "b"], "label": "x"}\n', (), ('bad.jsonl:1', 'text is ["a", "b"]')),
+    ('classification', '.jsonl', '{"text": "a", "b": null, "label": "x"}\n', ('task.text_pair_column=b',), ('bad.jsonl:1', 'b is null')),
+    ('classification', '.csv', 'text,label\na,x\nb,y\n', ('task.dev_share=2.0',), ('dev_share=2.0', 'between 0 and 1')),
+    ('span', '.jsonl', '{"question": null, "passage": "a", "answer": "a"}\n', (), ('bad.jsonl:1', 'question is null')),
+    ('span', '.csv', 'question,passage,answer\na,b c,c\n', ('task.n_best=0',), ('n_best=0', 'one or more')),
+    ('span', '.json', json.dumps({'data': [{'paragraphs': [{'context': 'b \ud83d', 'qas': []}]}]}), (), ('bad.json', 'surrogate')),
+    ('choice', '.jsonl', '{"context": "a", "choices": ["b", null, "c"], "label": 0}\n', (), ('bad.jsonl:1', 'a choice is null')),
+    ('commonsenseqa', '.jsonl', '{"question": {"stem": null, "choices": [{"label": "A", "text": "a"}]}}\n', (), ('bad.jsonl:1', 'stem is null')),
     ('multilabel', '.csv', 'text,label\na,x y\nb,z\n', ("task.labels=('x','y')",), ('bad.csv:3', "'z'", 'x, y')),
     ('span', '.csv', 'question,passage,answer,answer_start\na,b c,c,two\n', (), ('bad.csv:2', "answer_start 'two' is not a whole number")),
     ('span', '.csv', 'question,passage,answer\na,b c,d\n', (), ('bad.csv:2', "'d' is not in the passage")),
@@ -123,7 +141,43 @@ def test_a_test_file_without_labels_is_predicted_and_not_scored(name, test, mode
     assert len(found) == {'tagging': 3, 'span': 2}.get(name, 3)
 
 
+@pytest.mark.parametrize('name, test, note', [
+    ('tagging', 'w1 N O\nw11 N B-PER\n', ''), ('regression', 'text,label\nw1,1\nw2,2\n', ''),
+    ('multilabel', 'text,label\nw1,a\nw2,\n', ''), ('classification', 'text,label\nw1,a\nw2,b\n', ''),
+    ('tagging', 'w1 N O\nw11 N B-NEW\n', "test.conll:2: tag 'B-NEW' of 'w11' is not in the label set"),
+    ('tagging', 'w1\nw11\n', "test.conll:1: 'w1' is not a tag"), ('regression', 'text,label\nw1,?\n', "test.csv:2: label '?' is not a number"),
+    ('classification', 'text,label\nw1,a\nw2,-1\n', "test.csv:3: label '-1' is not in the label set: a, b, c"),
+    ('classification', 'text,label\nw1,a\nw2,\n', 'test.csv:3: no label'), ('classification', 'text,label\nw1,\nw2,\n', None)])
+def test_a_test_file_with_labels_is_scored_and_what_is_none_is_said(name, test, note, tmp_path):
+    file = tmp_path / f'test{".conll" if name == "tagging" else ".csv"}'
+    file.write_text(test)
+    settings = cli.load_config(f'configs/finetune.py:{name}', []).task.to_dict() | make(name, tmp_path) | {'test_file': str(file)}
+    task = tasks.TASKS[settings.pop('name')](**settings)
+    assert tasks.KINDS[task.kind].module.labelled(task.splits['test']) == (note == '')
+    assert len(task.notes) == bool(note) and all(note in said and said.endswith('so test is predicted, not scored') for said in task.notes)
+
+
+def test_labels_are_those_of_the_whole_training_file(model, tmp_path):  # noqa: F811
+    """Also those that only rows have which are cut off for dev."""
+    rows = [(f'w{i}', 'abc'[min(i % 50, 2)] if i % 50 < 2 else 'c') for i in range(50)]
+    file = str(table(tmp_path / 'a.csv', ('text', 'label'), rows))
+    found = []
+    for share in (0.1, 0.5, 0.9):
+        task = tasks.TASKS['classification'](train_file=file, dev_file='', test_file='', text_column='text', text_pair_column='',
+                                             label_column='label', labels=(), dev_share=share)
+        assert task.labels == ('a', 'b', 'c')
+        found.append({row.label for row in task.splits['train']})
+    assert {'a', 'b', 'c'} not in found[-1:]  # some label is in dev alone
+
+
+def test_words_with_spaces_stay_one_column():
+    row = tags.Sentence(('New York', 'is', ''), ('B-L', 'O', 'O'), 0, '')
+    (content,) = tags.files(Task('tagging', {}), 'dev', [row], [{'tags': ['B-L', 'O', 'O']}]).values()
+    assert content == 'New_York B-L B-L\nis O O\n_ O O\n'
+
+
 @pytest.mark.parametrize('name, content, said', [
+    ('span', 'question,passage,answer\nw1,' + 'w2 ' * 40 + ',' + ' '.join(['w2'] * 38) + '\nw1,w2,w2\n', '1 answers fit in no window'),
     ('classification', 'text,label\n' + 'w1 ' * 40 + ',a\nw2,b\n', '1 train rows are longer than max_length'),
     ('span', 'question,passage,answer\n' + 'w1 ' * 40 + ',w2,w2\nw1,w2,w2\n', '1 dev questions are longer than max_query_length'),
     ('choice', 'context,a,b,label\nw1,w2,w3,0\n' + 'w1 ' * 40 + ',w2,w3,1\n', '2 train choices with their contexts are longer'),
@@ -143,7 +197,10 @@ def test_without_reading(tmp_path):
                 'text_column': 'text', 'text_pair_column': '', 'label_column': 'label', 'dev_share': 0.1}
     task = tasks.TASKS['classification'](labels=(), **settings)
     found = tasks.KINDS['classification'].module.baseline(task, task.splits['dev'])
-    assert found == {'majority_accuracy': pytest.approx(4 / 6), 'length_accuracy': pytest.approx(5 / 6), 'always_f1': pytest.approx(0.5)}
+    guessed = [0, 0, 0, 1, 0, 0] if task.labels[0] == '1' else [1, 1, 1, 0, 0, 0]
+    assert found == {'majority_accuracy': pytest.approx(4 / 6), 'length_accuracy': pytest.approx(5 / 6), 'always_f1': pytest.approx(0.5),
+                     'length_matthews': pytest.approx(sklearn.metrics.matthews_corrcoef([1, 1, 0, 0, 0, 0], guessed)),
+                     'length_f1': pytest.approx(0.8), 'length_f1_macro': pytest.approx((0.8 + 6 / 7) / 2)}
     task = tasks.TASKS['regression'](**settings | {'labels': ()})
     found = tasks.KINDS['regression'].module.baseline(task, task.splits['dev'])
     assert found['mean_mse'] == pytest.approx(np.var([1, 1, 0, 0, 0, 0])) and 0.7 < found['length_pearson'] < 0.71

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bert_jax
-from bert_jax import checkpoint, cli, finetune, scores, sweep
+from bert_jax import checkpoint, cli, finetune, predict, scores, sweep
 from bert_jax.cli import UserError
 from bert_jax.data import choices, encoded, glue, spans, tags, tasks, tokenizer
 from bert_jax.data.task import Task
@@ -130,12 +130,12 @@ def test_sixteen_examples_are_learned_by_heart_and_predicted_again(name, model, 
     results = finetune.finetune(c, str(tmp_path / 'work'))
     score, value = SCORE[name]
     assert results[score] >= value, results
-    predict = bert_jax.load(str(tmp_path / 'work'))
+    answer = bert_jax.load(str(tmp_path / 'work'))
     task = tasks.TASKS[name](**{k: v for k, v in c.task.items() if k != 'name'})
     rows = task.splits['dev']
     given_to_predict = {'tagging': lambda r: {'words': list(r.words)}, 'span': lambda r: (r.text, r.passage),
                         'choice': lambda r: (r.context, *r.choices)}.get(name, lambda r: r.text)
-    found = predict([given_to_predict(row) for row in rows])
+    found = answer([given_to_predict(row) for row in rows])
     if name == 'classification':
         assert [f['label'] for f in found] == [r.label for r in rows]
         assert (tmp_path / 'work' / 'confusion.png').stat().st_size > 5000
@@ -627,6 +627,19 @@ def test_a_test_file_without_labels_is_predicted_and_not_scored(model, tmp_path)
     results = finetune.finetune(config('choice', model, settings, 'epochs=1.0'), str(tmp_path / 'work'))
     assert not any(name.startswith('test/') for name in results)
     assert len((tmp_path / 'work' / 'predictions_test.tsv').read_text().splitlines()) == 17
+
+
+def test_predict_says_what_it_cuts_and_leaves_out(model, tmp_path, capsys, monkeypatch):
+    finetune.finetune(config('span', model, make('span', tmp_path), 'epochs=1.0', 'task.max_query_length=5'), str(tmp_path / 'work'))
+    (tmp_path / 'in.txt').write_text('\ufeff' + 'w1 ' * 9 + '\tw2 w3\n\nw1\tw2 w3\n')
+    capsys.readouterr()
+    for threshold, said in ((None, 'w'), ('-1e9', '(no answer)')):
+        monkeypatch.setattr('sys.argv', ['predict', '--workdir', str(tmp_path / 'work'), '--input', str(tmp_path / 'in.txt'),
+                                         *([f'--null_threshold={threshold}'] if threshold else [])])
+        predict.main()
+        out, err = capsys.readouterr()
+        assert [line.startswith(said) for line in out.splitlines()] == [True, True] and '\ufeff' not in out
+        assert '1 empty lines of' in err and '1 questions are longer than max_query_length and were cut' in err
 
 
 def test_predict_says_what_it_wants(model, tmp_path):

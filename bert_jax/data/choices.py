@@ -65,8 +65,8 @@ ENDING = re.compile(r'ending\d+')
 def _swag(file: str) -> Iterator[Question]:
     for where, record in tables.read_table(file):
         names = sorted((name for name in record if ENDING.fullmatch(name)), key=lambda name: int(name[len('ending'):]))
-        start, endings = tables.column(where, record, 'sent2'), _fewer([record[name] for name in names])
-        yield Question(tables.column(where, record, 'sent1'), tuple(f'{start} {ending}'.strip() for ending in endings),
+        start, endings = tables.text(where, record, 'sent2'), _fewer([record[name] for name in names])
+        yield Question(tables.text(where, record, 'sent1'), tuple(f'{start} {ending}'.strip() for ending in endings),
                        _label(where, record, 'label'), where)
 
 
@@ -86,8 +86,9 @@ def _commonsenseqa(file: str) -> Iterator[Question]:
     for where, record in tables.read_table(file):
         try:
             choices = record['question']['choices']
-            names, texts = [choice['label'] for choice in choices], tuple(choice['text'] for choice in choices)
-            stem, key = record['question']['stem'], record.get('answerKey')
+            names = [choice['label'] for choice in choices]
+            texts = tuple(tables.text(where, choice, 'text') for choice in choices)
+            stem, key = tables.text(where, record['question'], 'stem'), record.get('answerKey')
         except (KeyError, TypeError) as error:
             raise UserError(f'{where}: question.stem and question.choices [label, text] are expected.') from error
         if key and key not in names:
@@ -104,16 +105,16 @@ def _plain(file: str, *, context_column: str = 'context', choice_columns: Sequen
             if not isinstance(found, list):
                 raise UserError(f'{where}: {choice_columns[0]} is not a list; --config.task.choice_columns takes the '
                                 'names of several columns too, one for each choice.')
-        yield Question(str(tables.column(where, record, context_column)), tuple(map(str, _fewer(list(found)))),
-                       _label(where, record, label_column), where)
+        texts = tuple(tables.as_text(where, 'a choice', choice) for choice in _fewer(list(found)))
+        yield Question(tables.text(where, record, context_column), texts, _label(where, record, label_column), where)
 
 
 FORMATS = {'swag': _swag, 'commonsenseqa': _commonsenseqa, 'plain': _plain}
 
 
-def most_choices(task: Task) -> int:
+def most_choices(splits: dict[str, list[Question]]) -> int:
     """C, of any question of any split."""
-    return max(len(question.choices) for rows in task.splits.values() for question in rows)
+    return max(len(question.choices) for rows in splits.values() for question in rows)
 
 
 def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]

@@ -30,6 +30,7 @@ class Encoded:
       lengths: the static lengths, ascending; the last holds the longest row.
       group: rows an example.
       truncated: rows that lost tokens.
+      notes: on what else was lost, in words.
     """
 
     ids: np.ndarray
@@ -42,6 +43,7 @@ class Encoded:
     lengths: tuple[int, ...]
     group: int = 1
     truncated: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.owners)
@@ -118,14 +120,15 @@ class Encoded:
 
 def collect(rows: Sequence[tuple[list[int], int]], labels: dict[str, np.ndarray], *, pad_id: int,
             lengths: tuple[int, ...], token_labels: dict[str, np.ndarray] | None = None,
-            owners: np.ndarray | None = None, group: int = 1, truncated: int = 0) -> Encoded:
+            owners: np.ndarray | None = None, group: int = 1, truncated: int = 0, notes: tuple[str, ...] = ()
+            ) -> Encoded:
     """An Encoded of (ids, length of the first segment) of each row."""
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(np.int64)
     ids = np.fromiter((i for ids, _ in rows for i in ids), np.int32, starts[-1])
     labels = {'is_real_example': np.ones(len(rows), np.int32)} | labels
     owners = np.arange(len(rows) // group) if owners is None else owners
     return Encoded(ids, starts, np.array([a for _, a in rows], np.int64), labels, token_labels or {}, owners, pad_id,
-                   lengths, group, truncated)
+                   lengths, group, truncated, notes)
 
 
 def join(tokenizer: Tokenizer, a: Sequence[int], b: Sequence[int] | None, max_length: int

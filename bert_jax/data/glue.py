@@ -21,7 +21,7 @@ from bert_jax.data.texts import Row, with_classes, with_numbers
 class Layout(NamedTuple):
     """Where a task keeps what: columns of its TSV files, features of its TFDS data set.
 
-    `number` layouts (CoLA) have no header in train and dev; their columns are numbers.
+    Where train and dev have no header (CoLA), columns are numbers, and `fields` is how many there are.
     """
 
     text: str
@@ -149,6 +149,9 @@ def _from_file(path: str, layout: Layout, split: str, skipped: list[str]) -> Ite
 def _from_tfds(name: str, layout: Layout, split: str) -> Iterator[Row]:
     records = corpora.tfds_records(name, split)  # in an order of TFDS' own
     for number, (record, names) in enumerate(sorted(records, key=lambda found: int(found[0]['idx']))):
+        missing = [feature for feature in layout.features if feature not in record]
+        if missing:
+            raise UserError(f'tfds:{name}: no {missing[0]!r} in it; there are: {", ".join(record)}.')
         label = None
         if not split.startswith('test'):
             label = str(record['label'])
@@ -162,6 +165,7 @@ def submission(task: Task, split: str, predictions: list[dict[str, Any]]) -> tup
     """(file name, content) of GLUE's file of predictions for a test split; None where GLUE wants none."""
     if split not in task.submission:
         return None
+
     def value(found: dict[str, Any]) -> str:
         return f'{min(max(found["value"], 0.0), 5.0):.3f}' if task.kind == 'regression' else found['label']
 

@@ -68,15 +68,17 @@ def read(file: str, **columns: str) -> list[Question]:
 
 
 def _squad(file: str) -> Iterator[Question]:
-    with tables.open_text(file) as content:
+    with tables.open_text(file) as lines:
         try:
-            articles = json.load(content)['data']
+            content = lines.read()
+            articles = json.loads(content)['data']
+            tables.check_characters(file, content, articles)
             for article in articles:
                 for paragraph in article['paragraphs']:
                     for qa in paragraph['qas']:
                         given = () if qa.get('is_impossible') else qa.get('answers', ())
                         answers = tuple((answer['text'], operator.index(answer['answer_start'])) for answer in given)
-                        for text in (qa['question'], paragraph['context'], *dict(answers)):
+                        for text in (qa['question'], paragraph['context'], *(text for text, _ in answers)):
                             if not isinstance(text, str):
                                 raise ValueError(f'{text!r} where a text is expected, question {qa["id"]}')
                         yield Question(str(qa['id']), qa['question'], paragraph['context'], answers,
@@ -89,7 +91,7 @@ def _from_table(file: str, *, question_column: str = 'question', passage_column:
                 answer_column: str = 'answer', answer_start_column: str = 'answer_start', id_column: str = 'id'
                 ) -> Iterator[Question]:
     for where, record in tables.read_table(file):
-        question, passage = (str(tables.column(where, record, name)) for name in (question_column, passage_column))
+        question, passage = (tables.text(where, record, name) for name in (question_column, passage_column))
         answer, start = record.get(answer_column), record.get(answer_start_column)
         if answer is not None and not isinstance(answer, str):
             raise UserError(f'{where}: the answer {answer!r} is not a text.')
@@ -108,12 +110,15 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
 
     token_labels hold what `decode` needs: offsets into the passage, and where a token has its widest context.
     """
-    made, owners, starts, ends, begins, finishes, widest, truncated = [], [], [], [], [], [], [], 0
+    made, owners, starts, ends, begins, finishes, widest, truncated, lost = [], [], [], [], [], [], [], 0, 0
+    passage, ids, offsets = None, [], []
     for number, question in enumerate(rows):
         asked = tokenizer.encode(question.text)
         truncated += len(asked) > task.settings['max_query_length']
         asked = asked[:task.settings['max_query_length']]
-        ids, offsets = tokenizer.encode_with_offsets(question.passage)
+        if question.passage != passage:  # often several questions on one
+            passage = question.passage
+            ids, offsets = tokenizer.encode_with_offsets(passage)
         first, last = token_span(question, offsets)
         size = max_length - len(asked) - 3
         if size < 1:
@@ -121,6 +126,8 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
                             f'{task.settings["max_query_length"]} tokens.')
         spans = list(windows(len(ids), size, task.settings['stride']))
         before = len(asked) + 2
+        lost += bool(question.answers) and not any(
+            first is not None and begin <= first and last < end for begin, end in spans)
         for begin, end in spans:
             made.append(([tokenizer.cls_id, *asked, tokenizer.sep_id, *ids[begin:end], tokenizer.sep_id], before))
             owners.append(number)
@@ -134,7 +141,8 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
               (('offset_begins', begins), ('offset_ends', finishes), ('best_context', widest))}
     return encoded.collect(
         made, {'start_positions': np.array(starts, np.int32), 'end_positions': np.array(ends, np.int32)},
-        token_labels=tokens, owners=np.array(owners), pad_id=tokenizer.pad_id, lengths=lengths, truncated=truncated)
+        token_labels=tokens, owners=np.array(owners), pad_id=tokenizer.pad_id, lengths=lengths, truncated=truncated,
+        notes=(f'{lost:,} answers fit in no window, and count as no answer in training',) if lost else ())
 
 
 def token_span(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[int | None, int | None]:
@@ -271,11 +279,13 @@ def score(task: Task, rows: Sequence[Question], outputs: dict[str, Sequence[np.n
 def baseline(task: Task, rows: Sequence[Question]) -> dict[str, float]:
     """The passage's first sentence for an answer; with unanswerable questions, never an answer."""
     answers = {row.id: [text for text, _ in row.answers] for row in rows}
-    first = {row.id: row.passage.partition('. ')[0] for row in rows}
-    result = {'first_sentence_f1': scores.squad(answers, first)['f1']}
+    guesses = {'first_sentence': {row.id: row.passage.partition('. ')[0] for row in rows}}
+    odds = None
     if task.settings['null_answers']:
-        result['no_answer_f1'] = scores.squad(answers, dict.fromkeys(answers, ''))['f1']
-    return result
+        guesses['no_answer'] = dict.fromkeys(answers, '')
+        odds = dict.fromkeys(answers, 0.0)
+    found = {guess: scores.squad(answers, texts, odds) for guess, texts in guesses.items()}
+    return {f'{guess}_{name}': values[name] for guess, values in found.items() for name in ('exact', 'f1')}
 
 
 def labelled(rows: Sequence[Question]) -> bool:

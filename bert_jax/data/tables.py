@@ -1,8 +1,10 @@
 """Labelled files: CSV, TSV and JSON lines -> records with their file and line."""
 
 import csv
+import functools
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +20,12 @@ def read_table(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, record) of each row of a .csv, .tsv or .jsonl file; in a .tsv quotes are only quotes.
 
     Raises:
-      UserError: no such file, not UTF-8, not JSON, a row of another width than the header (file and line).
+      UserError: no such file, an unknown ending, not UTF-8, not JSON, a column that stands twice, a row of another
+        width than the header (file and line).
     """
-    reader = _json_rows if file.endswith(('.jsonl', '.json')) else _rows_under_a_header
+    reader = READERS.get(os.path.splitext(file)[1].lower())
+    if reader is None:
+        raise UserError(f'{file}: a table ends with {", ".join(READERS)}.')
     with open_text(file) as lines:
         yield from decoded(file, reader(file, lines))
 
@@ -44,7 +49,9 @@ def decoded(file: str, rows: Iterator[T]) -> Iterator[T]:
     """The same rows; bytes that are not UTF-8 are an error with file and line."""
     try:
         yield from rows
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if file == '-':
+            raise UserError(f'standard input: not valid UTF-8 ({error.reason}).') from error
         with open(file, 'rb') as content:
             for number, line in enumerate(content, 1):
                 try:
@@ -60,30 +67,57 @@ def _json_rows(file: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str,
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f'{file}:{number}: not JSON ({error.msg}).') from error
-            if '\\ud' in line.lower() and re.search('[\ud800-\udfff]', json.dumps(record, ensure_ascii=False)):
-                raise UserError(f'{file}:{number}: half of a surrogate pair (\\ud8..), which is no character.')
+            check_characters(f'{file}:{number}', line, record)
             if not isinstance(record, dict):
                 raise UserError(f'{file}:{number}: a JSON object a line is expected.')
             yield f'{file}:{number}', record
 
 
-def _rows_under_a_header(file: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    if file.endswith('.csv'):
-        reader = csv.reader(lines, strict=True)
-    else:
-        reader = csv.reader(lines, delimiter='\t', quoting=csv.QUOTE_NONE)
-    header = None
+def check_characters(where: str, text: str, record: Any) -> None:
+    """Refuses JSON that holds half of a surrogate pair, which tokenizers do."""
+    if '\\ud' in text.lower() and re.search('[\ud800-\udfff]', json.dumps(record, ensure_ascii=False)):
+        raise UserError(f'{where}: half of a surrogate pair (\\ud8..), which is no character.')
+
+
+def _rows_under_a_header(file: str, lines: Iterator[str], **dialect: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader, header, where = csv.reader(lines, **dialect), None, f'{file}:1'
     try:
         for row in reader:
             if header is None:
                 header = row
-            elif row:
+                twice = [name for name in header if header.count(name) > 1]
+                if twice:
+                    raise UserError(f'{where}: the column {twice[0]!r} stands twice.')
+            elif row or len(header) == 1:  # of one column, an empty line is an empty text
+                row = row or ['']
                 if len(row) != len(header):
-                    raise UserError(f'{file}:{reader.line_num}: {len(row)} columns where the header has '
+                    raise UserError(f'{where}: {len(row)} columns where the header has '
                                     f'{len(header)} ({", ".join(header)}).')
-                yield f'{file}:{reader.line_num}', dict(zip(header, row))
+                yield where, dict(zip(header, row))
+            where = f'{file}:{reader.line_num + 1}'  # a row may have several lines
     except csv.Error as error:
         raise UserError(f'{file}:{reader.line_num}: not readable as CSV ({error}).') from error
+
+
+READERS = {'.csv': functools.partial(_rows_under_a_header, strict=True),
+           '.tsv': functools.partial(_rows_under_a_header, delimiter='\t', quoting=csv.QUOTE_NONE),
+           '.jsonl': _json_rows, '.json': _json_rows}
+
+
+def text(where: str, record: dict[str, Any], name: str) -> str:
+    """A column that is a text, or a number.
+
+    Raises:
+      UserError: it is neither (null, a list), or there is none of that name.
+    """
+    return as_text(where, name, column(where, record, name))
+
+
+def as_text(where: str, name: str, value: Any) -> str:
+    """A value of a record as text; see `text`."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f'{where}: {name} is {json.dumps(value)[:40]}, which is no text.')
+    return str(value)
 
 
 def column(where: str, record: dict[str, Any], name: str) -> Any:

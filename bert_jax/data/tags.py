@@ -28,12 +28,19 @@ class Sentence:
       tags: IOB2, one a word; None in a split without labels.
       document: number of its document; context never comes from another one.
       where: file and line of its first word, or of its row.
+      word_a_line: whether each word has a line of its own.
     """
 
     words: tuple[str, ...]
     tags: tuple[str, ...] | None
     document: int
     where: str
+    word_a_line: bool = False
+
+    def where_is(self, word: int) -> str:
+        """File and line of a word."""
+        file, _, line = self.where.rpartition(':')
+        return f'{file}:{int(line) + word * self.word_a_line}'
 
 
 def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bool) -> list[Sentence]:
@@ -55,14 +62,19 @@ def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bo
         (file and line), no sentence.
     """
     convert = choose('tag scheme', SCHEMES, scheme)
-    named = [name for name in (word_column, tag_column) if name and not re.fullmatch(r'-?\d+', name)]
-    if named or file.endswith(('.csv', '.jsonl', '.json')):
+    if is_table(file, word_column, tag_column):
         sentences = list(_from_table(file, word_column or 'words', tag_column or 'tags', convert, labelled))
     else:
         sentences = list(_from_columns(file, int(word_column or 0), int(tag_column or -1), convert, labelled))
     if not sentences:
         raise UserError(f'{file}: no sentences in it.')
     return sentences
+
+
+def is_table(file: str, word_column: str, tag_column: str) -> bool:
+    """Whether a sentence is a row of it: by its ending, or by columns that are names."""
+    named = [name for name in (word_column, tag_column) if name and not re.fullmatch(r'-?\d+', name)]
+    return bool(named) or file.lower().endswith(('.csv', '.jsonl', '.json'))
 
 
 def _from_table(file: str, word_column: str, tag_column: str, convert: Callable, labelled: bool) -> Iterator[Sentence]:
@@ -109,7 +121,7 @@ def _from_columns(file: str, word_column: int, tag_column: int, convert: Callabl
                 continue
             if words:
                 found = tuple(convert(tags, lambda at, first=first: f'{file}:{first + at}')) if labelled else None
-                yield Sentence(tuple(words), found, document, f'{file}:{first}')
+                yield Sentence(tuple(words), found, document, f'{file}:{first}', word_a_line=True)
                 words, tags = [], []
             document += bool(fields)
 
@@ -136,8 +148,9 @@ def _from_iob2(tags: Sequence[str], where: Callable[[int], str]) -> Iterator[str
     """B- at every entity's first word."""
     for at, prefix, kind, before, kind_before in _parts(tags):
         if prefix not in 'OIB' or (prefix == 'I' and (before == 'O' or kind != kind_before)):
-            raise UserError(f'{where(at)}: {tags[at]!r} is not IOB2 after '
-                            f'{tags[at - 1] if at else "nothing"!r}; is the file IOB1 (scheme=iob1)?')
+            likely = 'IOB1 (scheme=iob1)' if prefix == 'I' else 'IOBES (scheme=iobes)'
+            raise UserError(f'{where(at)}: {tags[at]!r} is not IOB2 after {tags[at - 1] if at else "nothing"!r}; '
+                            f'is the file {likely}?')
         yield tags[at]
 
 
@@ -156,17 +169,30 @@ def _from_iobes(tags: Sequence[str], where: Callable[[int], str]) -> Iterator[st
 SCHEMES = {'iob1': _from_iob1, 'iob2': _from_iob2, 'iobes': _from_iobes}
 
 
-def with_tags(task: Task) -> Task:
-    """A task whose tags are those of its training split, B- and I- of each type, O first; checks every tag."""
-    types = sorted({tag[2:] for sentence in task.splits['train'] for tag in sentence.tags} - {''})
+def with_tags(task: Task, named_by: Sequence[Sentence]) -> Task:
+    """A task whose tags are those of `named_by`, B- and I- of each type, O first; checks every tag.
+
+    Raises:
+      UserError: no tag but O, or one that is not in the label set (file and line).
+    """
+    types = sorted({tag[2:] for sentence in named_by for tag in sentence.tags} - {''})
     labels = task.labels or ('O', *(f'{prefix}-{kind}' for kind in types for prefix in 'BI'))
-    for sentences in task.splits.values():
-        for sentence in sentences:
-            for word, tag in zip(sentence.words, sentence.tags or ()):
-                if tag not in labels:
-                    raise UserError(f'{sentence.where}: tag {tag!r} of {word!r} is not in the label set: '
-                                    f'{", ".join(labels)}.')
-    return dataclasses.replace(task, labels=labels)
+    if len(labels) < 2:
+        raise UserError(f'{named_by[0].where.rpartition(":")[0]}: no tag but O in it; is tag_column the right one?')
+    splits, notes = dict(task.splits), task.notes
+    for split, sentences in task.splits.items():
+        unknown = next(((sentence, at) for sentence in sentences for at, tag in enumerate(sentence.tags or ())
+                        if tag not in labels), None)
+        if unknown is None:
+            continue
+        sentence, at = unknown
+        said = (f'{sentence.where_is(at)}: tag {sentence.tags[at]!r} of {sentence.words[at]!r} is not in the label '
+                f'set: {", ".join(labels)}')
+        if not split.startswith('test'):
+            raise UserError(f'{said}.')
+        notes += (f'{said}, so {split} is predicted, not scored',)
+        splits[split] = [dataclasses.replace(sentence, tags=None) for sentence in sentences]
+    return dataclasses.replace(task, labels=labels, splits=splits, notes=notes)
 
 
 def encode(task: Task, rows: Sequence[Sentence], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
@@ -300,10 +326,12 @@ def labelled(rows: Sequence[Sentence]) -> bool:
 
 
 def files(task: Task, split: str, rows: Sequence[Sentence], predictions: list[dict[str, Any]]) -> dict[str, str]:
-    """Columns as conlleval reads them: word, tag given (where known), tag predicted."""
-    sentences = ('\n'.join(' '.join(columns) for columns in zip(
-        row.words, *([row.tags] if row.tags else []), found['tags'])) for row, found in zip(rows, predictions))
-    return {f'predictions_{split}.conll': '\n\n'.join(sentences) + '\n'}
+    """Columns as conlleval reads them: word (with _ for spaces in it), tag given (where known), tag predicted."""
+    def lines(row: Sentence, found: dict[str, Any]) -> str:
+        words = ['_'.join(word.split()) or '_' for word in row.words]
+        return '\n'.join(map(' '.join, zip(words, *([row.tags] if row.tags else []), found['tags'])))
+
+    return {f'predictions_{split}.conll': '\n\n'.join(map(lines, rows, predictions)) + '\n'}
 
 
 def parse(value: Any) -> Sentence:

@@ -4,6 +4,7 @@ A task is a function of its settings that reads the splits (TASKS); its kind say
 outputs become predictions, and predictions are scored (KINDS).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -50,34 +51,46 @@ def own_texts(kind: str, *, train_file: str, dev_file: str, test_file: str, text
     Args:
       kind: 'classification', 'multilabel' or 'regression'.
       train_file, dev_file, test_file: paths; without dev_file a share of the training rows is cut off by
-        a hash of their text; without test_file nothing is predicted but dev.
+        a hash of their text; without test_file nothing is predicted but dev. A test file is scored if it has labels.
       text_column, text_pair_column, label_column: names; no pair column, no pairs.
-      labels: the label names; empty: those of the training file, sorted.
+      labels: the label names; empty: those of the whole training file, sorted.
       dev_share: how much becomes dev when there is no dev_file.
 
     Raises:
       UserError: a missing file or column, a row of another width, an unknown label (file and line).
     """
-    read = functools.partial(texts.read, text=text_column, pair=text_pair_column)
-    splits = _splits(train_file, dev_file, test_file, functools.partial(read, label=label_column),
-                     functools.partial(read, label=''), dev_share, lambda row: f'{row.text}\0{row.pair}')
+    read = functools.partial(texts.read, text=text_column, pair=text_pair_column, label=label_column)
+    splits, named_by = _splits(train_file, dev_file, test_file, read, functools.partial(read, labelled=False),
+                               dev_share, lambda row: f'{row.text}\0{row.pair}')
     if kind == 'regression':
         return texts.with_numbers(Task(kind, splits, best='spearman'))
     if kind == 'multilabel':
-        return texts.with_label_sets(Task(kind, splits, tuple(map(str, labels)), best='f1_micro'))
-    return texts.with_classes(Task(kind, splits, tuple(map(str, labels))))
+        return texts.with_label_sets(Task(kind, splits, tuple(map(str, labels)), best='f1_micro'), named_by)
+    return texts.with_classes(Task(kind, splits, tuple(map(str, labels))), named_by)
 
 
 def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str, tag_column: str, scheme: str,
             labels: Sequence[str], dev_share: float, **settings: Any) -> Task:
-    """CoNLL column files and tables; see `tags.read`. A test file is predicted, with or without tags, not scored.
+    """CoNLL column files and tables; see `tags.read`. A test file without tags is predicted, one with tags scored too.
 
     For the other settings see `conll2003`.
     """
-    read = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme)
-    splits = _splits(train_file, dev_file, test_file, functools.partial(read, labelled=True),
-                     functools.partial(read, labelled=False), dev_share, lambda row: ' '.join(row.words))
-    return _tagging(splits, tuple(map(str, labels)), **settings)
+    if settings['document_context'] and tags.is_table(train_file, word_column, tag_column):
+        raise UserError('--config.task.document_context=True: tables say nothing of documents; column files do, with '
+                        f'{tags.DOCUMENT} between them.')
+    read, notes = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme), []
+
+    def read_test(file: str) -> list[tags.Sentence]:
+        try:
+            return read(file, labelled=True)
+        except UserError as error:
+            notes.append(f'{str(error).removesuffix(".")}, so test is predicted, not scored')
+            return read(file, labelled=False)
+
+    splits, named_by = _splits(train_file, dev_file, test_file, functools.partial(read, labelled=True), read_test,
+                               dev_share, lambda row: ' '.join(row.words))
+    task = _tagging(splits, tuple(map(str, labels)), named_by, **settings)
+    return dataclasses.replace(task, notes=(*notes, *task.notes))
 
 
 def conll2003(*, folder: str, **settings: Any) -> Task:
@@ -92,25 +105,26 @@ def conll2003(*, folder: str, **settings: Any) -> Task:
         raise UserError('--config.task.folder=FOLDER is missing: the folder with eng.train, eng.testa and eng.testb.')
     splits = {split: tags.read(f'{folder}/eng.{name}', '', '', 'iob1', labelled=True)
               for split, name in (('train', 'train'), ('dev', 'testa'), ('test', 'testb'))}
-    return _tagging(splits, (), **settings)
+    return _tagging(splits, (), splits['train'], **settings)
 
 
-def _tagging(splits: dict[str, list[Any]], labels: tuple[str, ...], *, document_context: bool, features: str,
-             lstm_size: int) -> Task:
+def _tagging(splits: dict[str, list[Any]], labels: tuple[str, ...], named_by: Sequence[tags.Sentence], *,
+             document_context: bool, features: str, lstm_size: int) -> Task:
     if features and features not in FEATURES:
         raise unknown('features', features, FEATURES)
+    _check_positive(lstm_size=lstm_size)
     settings = {'document_context': document_context} | (
         {'features': features, 'lstm_size': lstm_size} if features else {})
-    return tags.with_tags(Task('bilstm_tagging' if features else 'tagging', splits, labels, 'f1', settings))
+    return tags.with_tags(Task('bilstm_tagging' if features else 'tagging', splits, labels, 'f1', settings), named_by)
 
 
 def span(*, train_file: str, dev_file: str, test_file: str, null_answers: bool, stride: int, max_query_length: int,
          max_answer_length: int, n_best: int, dev_share: float, **columns: str) -> Task:
     """SQuAD 1.1 and 2.0 (.json), or tables; see `spans.read`, also for their columns."""
     read = functools.partial(spans.read, **columns)
-    splits = _splits(train_file, dev_file, test_file, read, read, dev_share, lambda row: row.passage)
-    if stride < 1:
-        raise UserError(f'--config.task.stride={stride}: one or more is expected.')
+    splits, _ = _splits(train_file, dev_file, test_file, read, read, dev_share, lambda row: row.passage)
+    _check_positive(stride=stride, max_query_length=max_query_length, max_answer_length=max_answer_length,
+                    n_best=n_best)
     for split in ('train', 'dev'):
         for row in splits[split]:
             if not row.labelled:
@@ -128,24 +142,30 @@ def span(*, train_file: str, dev_file: str, test_file: str, null_answers: bool, 
 def choice(*, train_file: str, dev_file: str, test_file: str, format: str, dev_share: float, **columns: Any) -> Task:
     """SWAG's CSV, CommonsenseQA's JSON lines, or tables; see `choices.read`, also for their columns."""
     read = functools.partial(choices.read, form=format, **columns)
-    splits = _splits(train_file, dev_file, test_file, read, read, dev_share, lambda row: row.context)
-    task = Task('choice', splits)
+    splits, _ = _splits(train_file, dev_file, test_file, read, read, dev_share, lambda row: row.context)
     for split in ('train', 'dev'):
         for row in splits[split]:
             if row.label is None:
                 raise UserError(f'{row.where}: no label in the {split} split.')
-    return Task('choice', splits, settings={'num_choices': choices.most_choices(task)})
+    return Task('choice', splits, settings={'num_choices': choices.most_choices(splits)})
 
 
 def _splits(train_file: str, dev_file: str, test_file: str, read: Callable, read_test: Callable, dev_share: float,
-            key: Callable[[Any], str]) -> dict[str, list[Any]]:
+            key: Callable[[Any], str]) -> tuple[dict[str, list[Any]], list[Any]]:
+    """(split -> examples, all of the training file)."""
     if not train_file:
         raise UserError('--config.task.train_file=FILE is missing.')
-    train = read(train_file)
-    dev = read(dev_file) if dev_file else None
-    if dev is None:
-        train, dev = tables.cut_dev(train, dev_share, key, train_file)
-    return {'train': train, 'dev': dev} | ({'test': read_test(test_file)} if test_file else {})
+    if not 0 < dev_share < 1:
+        raise UserError(f'--config.task.dev_share={dev_share}: a number between 0 and 1 is expected.')
+    whole = read(train_file)
+    train, dev = (whole, read(dev_file)) if dev_file else tables.cut_dev(whole, dev_share, key, train_file)
+    return {'train': train, 'dev': dev} | ({'test': read_test(test_file)} if test_file else {}), whole
+
+
+def _check_positive(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 1:
+            raise UserError(f'--config.task.{name}={value}: one or more is expected.')
 
 
 TASKS = {

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,53 +35,75 @@ class Row:
     where: str
 
 
-def read(file: str, text: str, pair: str, label: str) -> list[Row]:
-    """Rows of a table; `pair` and `label` may be '', for none."""
+def read(file: str, text: str, pair: str, label: str, labelled: bool = True) -> list[Row]:
+    """Rows of a table; `pair` may be '', for none. Unless they are `labelled`, labels may be missing."""
     rows = []
     for where, record in tables.read_table(file):
-        value = tables.column(where, record, label) if label else None
-        if label and value is None:
+        value = tables.column(where, record, label) if labelled else record.get(label)
+        if labelled and value is None:
             raise UserError(f'{where}: no label.')
-        other = str(tables.column(where, record, pair)) if pair else None
-        rows.append(Row(str(tables.column(where, record, text)), other,
+        other = tables.text(where, record, pair) if pair else None
+        rows.append(Row(tables.text(where, record, text), other,
                         value if value is None or isinstance(value, list) else str(value), where))
     if not rows:
         raise UserError(f'{file}: no rows in it.')
+    if not labelled and all(row.label in (None, '') for row in rows):
+        return [dataclasses.replace(row, label=None) for row in rows]
     return rows
 
 
-def with_classes(task: Task) -> Task:
-    """A task whose label names, unless given, are those of its training split; checks every label.
+def with_classes(task: Task, named_by: Sequence[Row] = ()) -> Task:
+    """A task whose label names, unless given, are those of `named_by`; checks every label.
 
     Raises:
       UserError: fewer than two labels, a row without one, or one that is not in the set (file and line).
     """
-    labels = task.labels or tuple(sorted({str(row.label) for row in task.splits['train']} - {''}))
+    labels = task.labels or tuple(sorted({str(row.label) for row in named_by} - {''}))
     _check_count(task, labels)
-    for rows in task.splits.values():
-        for row in rows:
-            if row.label == '':
-                raise UserError(f'{row.where}: no label.')
-            if row.label is not None and (isinstance(row.label, list) or row.label not in labels):
-                raise UserError(f'{row.where}: label {row.label!r} is not in the label set: {", ".join(labels)}.')
-    return dataclasses.replace(task, labels=labels)
+
+    def problem(row: Row) -> str:
+        if row.label == '':
+            return 'no label'
+        known = isinstance(row.label, str) and row.label in labels
+        return '' if known else f'label {row.label!r} is not in the label set: {", ".join(labels)}'
+
+    return dataclasses.replace(_checked(task, problem), labels=labels)
 
 
-def with_label_sets(task: Task) -> Task:
+def with_label_sets(task: Task, named_by: Sequence[Row] = ()) -> Task:
     """A multi-label task: each label is a list (JSON lines) or names with spaces, commas or | between them; or none."""
-    def parts(row: Row) -> Row:
-        names = row.label.replace(',', ' ').replace('|', ' ').split() if isinstance(row.label, str) else row.label
-        return dataclasses.replace(row, label=None if names is None else tuple(sorted(set(map(str, names)))))
+    def names(row: Row) -> list[str]:
+        found = row.label.replace(',', ' ').replace('|', ' ').split() if isinstance(row.label, str) else row.label
+        return sorted(set(map(str, found)))
 
-    splits = {split: [parts(row) for row in rows] for split, rows in task.splits.items()}
-    labels = task.labels or tuple(sorted({name for row in splits['train'] for name in row.label}))
+    labels = task.labels or tuple(sorted({name for row in named_by for name in names(row)}))
     _check_count(task, labels)
-    for rows in splits.values():
-        for row in rows:
-            for name in row.label or ():
-                if name not in labels:
-                    raise UserError(f'{row.where}: label {name!r} is not in the label set: {", ".join(labels)}.')
-    return dataclasses.replace(task, splits=splits, labels=labels)
+
+    def problem(row: Row) -> str:
+        unknown = [name for name in names(row) if name not in labels]
+        return f'label {unknown[0]!r} is not in the label set: {", ".join(labels)}' if unknown else ''
+
+    task = _checked(task, problem)
+    return _labels_as(task, lambda row: tuple(names(row)), labels)
+
+
+def _checked(task: Task, problem: Callable[[Row], str]) -> Task:
+    """The task, if no label has a problem; a test split that has one is not scored, and a note says why."""
+    splits, notes = dict(task.splits), task.notes
+    for split, rows in task.splits.items():
+        found = next((f'{row.where}: {said}' for row in rows if row.label is not None and (said := problem(row))), '')
+        if found and not split.startswith('test'):
+            raise UserError(f'{found}.')
+        if found:
+            notes += (f'{found}, so {split} is predicted, not scored',)
+            splits[split] = [dataclasses.replace(row, label=None) for row in rows]
+    return dataclasses.replace(task, splits=splits, notes=notes)
+
+
+def _labels_as(task: Task, made: Callable[[Row], Any], labels: tuple[str, ...] = ()) -> Task:
+    return dataclasses.replace(task, labels=labels, splits={
+        split: [row if row.label is None else dataclasses.replace(row, label=made(row)) for row in rows]
+        for split, rows in task.splits.items()})
 
 
 def _check_count(task: Task, labels: Sequence[str]) -> None:
@@ -92,17 +114,14 @@ def _check_count(task: Task, labels: Sequence[str]) -> None:
 
 def with_numbers(task: Task) -> Task:
     """A regression task: every label is a number."""
-    def number(row: Row) -> Row:
+    def problem(row: Row) -> str:
         try:
-            value = None if row.label is None else float(row.label)
-            if value is not None and not math.isfinite(value):
-                raise ValueError('not finite')
-            return dataclasses.replace(row, label=value)
-        except (ValueError, TypeError) as error:
-            raise UserError(f'{row.where}: label {row.label!r} is not a number.') from error
+            fine = math.isfinite(float(row.label))
+        except (ValueError, TypeError):
+            fine = False
+        return '' if fine else f'label {row.label!r} is not a number'
 
-    splits = {split: [number(row) for row in rows] for split, rows in task.splits.items()}
-    return dataclasses.replace(task, splits=splits)
+    return _labels_as(_checked(task, problem), lambda row: float(row.label))
 
 
 def encode(task: Task, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
@@ -165,8 +184,9 @@ def baseline(task: Task, rows: Sequence[Row]) -> dict[str, float]:
     if task.kind == 'multilabel':
         return most
     of_length = {length: _most_common(labels) for length, labels in by_length.items()}
-    guesses = [of_length.get(_length(row), common) for row in rows]
-    most['length_accuracy'] = float(np.mean([label == guess for label, guess in zip(truth, guesses)]))
+    guesses = [task.labels.index(of_length.get(_length(row), common)) for row in rows]
+    lengths = scores.classification(np.eye(len(task.labels))[guesses], label_ids(task, rows), task.labels)
+    most |= {f'length_{name}': lengths[name] for name in ('accuracy', 'matthews', 'f1', 'f1_macro') if name in lengths}
     if len(task.labels) == 2:
         share = float(np.mean([label == task.labels[1] for label in truth]))
         most['always_f1'] = 2 * share / (1 + share)  # of always the second label
