@@ -3,8 +3,9 @@
     python benchmarks/finetune.py --folder "$DATA/SST-2" --vocab vocab.txt
 
 Each side runs in a process of its own, two cores, fp32, batch 32, from the same random weights, in turn, each time with another
-seed: ours with its static lengths; Hugging Face `Trainer` with dynamic padding and length grouping; `Trainer` with everything padded
-to 128. Timed is the epoch from its first batch to its last update, with all compilation in it; loading and tokenizing are not.
+seed: ours, with several texts a row; Hugging Face `Trainer` with dynamic padding and length grouping; `Trainer` with everything padded
+to 128. Timed is the epoch from its first batch to its last update, with the step's compilation in it; loading, tokenizing and making the
+first weights are not.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def ours(args):
 
         finetune._train(job, config, finetune._initial(job, config), checkpoints, epath.Path(folder))
         sys.stdout = stdout
-    sizes, encoder = job.data['train'].sizes.astype(float), job.model_config.encoder
+    sizes, encoder = job.data(config.batch_size)['train'].sizes.astype(float), job.model_config.encoder
     work = flops.sequence_flops(num_layers=encoder.num_layers, hidden_size=job.model_config.embeddings.hidden_size, mlp_size=encoder.mlp_size,
                                 vocab_size=0, tokens=sizes.sum(), squared_tokens=(sizes**2).sum(), predictions=0)
     return {'rate': args.examples / seconds[0], 'accuracy': scores['accuracy'], 'work': work}
