@@ -2,11 +2,12 @@
 
     python benchmarks/results.py --data "$DATA" --mini runs/mini --cased runs/cased --output runs/results [--only cola,mrpc]
 
-$DATA holds glue/, squad/, ner/ and multichoice/. Runs that are finished are not repeated; the page is written from those
-that are there, so it can be made again at any time.
+$DATA holds glue/, squad/, ner/, multichoice/, and pretrain/ for the two models, whose commands the page has. Runs that are
+finished are not repeated; the page is written from those that are there, so it can be made again at any time.
 """
 
 import argparse
+import ast
 import json
 import pathlib
 import statistics
@@ -18,9 +19,18 @@ from bert_jax.data import tasks
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHOICE = 'multichoice/commonsenseqa_v1.0'
-WINDOW = ['--config.max_length=128', '--config.task.stride=64']  # as far as BERT-mini knows positions
+WINDOW = ['--config.max_length=128', '--config.task.stride=96', '--config.epochs=2.0']  # as far as BERT-mini knows positions
 SHORT = ['--config.max_length=64']
 FROZEN = ['--config.schedule.peak=1e-3', '--config.epochs=2.0']
+PHASES = {'mini': '((6000,64,32),(4000,128,16))', 'cased': '((6000,64,32),)'}
+PRETRAINING = {
+    name: [['python', '-m', 'bert_jax.vocab', '--input', '"$DATA/pretrain/en_wiki/*.txt"', '--vocab_size', '8192', *lower, '--output', f'runs/vocab_{name}'],
+           ['python', '-m', 'bert_jax.prepare', '--input', '"$DATA/pretrain/en_wiki/*.txt"', '--tokenizer', f'runs/vocab_{name}',
+            '--output', f'runs/store_{name}'],
+           ['python', '-m', 'bert_jax.pretrain', '--config', 'configs/pretrain.py:mini', f'--config.store=runs/store_{name}', *more,
+            f'"--config.phases={PHASES[name]}"', '--config.mask_rate=0.4', '--config.schedule.peak=5e-4', '--config.schedule.warmup_share=0.05',
+            '--config.model.embeddings.dropout_rate=0.0', '--config.eval_every=2000', '--config.eval_examples=2048', '--workdir', f'runs/{name}']]
+    for name, lower, more in (('mini', ['--lowercase', '--strip_accents'], []), ('cased', [], ['--config.model.encoder.num_layers=6']))}
 
 
 def glue(name, folder, *more):
@@ -65,7 +75,24 @@ def main():
         if getattr(args, model) and (not args.only or name in args.only.split(',')):
             for scratch in (False, True):
                 run(args, name, task, getattr(args, model), settings, scratch)
+    for name in PHASES:
+        if getattr(args, name):
+            args.output.mkdir(parents=True, exist_ok=True)
+            (args.output / f'{name}.txt').write_text(describe(name, pathlib.Path(getattr(args, name))))
     args.page.write_text(page(args.output, args.data))
+
+
+def describe(name, work):
+    """What a pre-trained model is, what it knows, and what it took, in a line."""
+    config = json.loads((work / 'config.json').read_text())
+    if str(config['phases']) != str([list(phase) for phase in ast.literal_eval(PHASES[name])]):
+        sys.exit(f'{work}: phases {config["phases"]}, where {PHASES[name]} are expected')
+    held_out = [json.loads(line) for line in (work / 'log.jsonl').read_text().splitlines() if 'held_out/mlm/loss' in line][-1]
+    encoder, embeddings = config['model']['encoder'], config['model']['embeddings']
+    return (f'`{name}`: {encoder["num_layers"]} layers of {embeddings["hidden_size"]}, {"a cased" if name == "cased" else "an uncased"} vocabulary of '
+            f'{embeddings["vocab_size"]:,}; {held_out["step"]:,} steps in {minutes(work) / 60:.1f} hours on one core beside other work; held-out MLM '
+            f'{held_out["held_out/mlm/loss"]:.2f} nats (unigram model {held_out["held_out/mlm/unigram_loss"]:.2f}), NSP '
+            f'{held_out["held_out/nsp/accuracy"]:.1%}.\n')
 
 
 def folder(output, name, scratch):
@@ -83,18 +110,18 @@ def run(args, name, task, model, settings, scratch):
         print(f'\n=== {name}, {"random weights" if scratch else "pre-trained"}', flush=True)
         commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip()
         work.mkdir(parents=True, exist_ok=True)
-        (work / 'made.json').write_text(json.dumps({'commit': commit}))
+        made = json.loads((work / 'made.json').read_text()) if (work / 'made.json').exists() else {'commits': []}
+        (work / 'made.json').write_text(json.dumps({'commits': sorted({*made['commits'], commit})}))
         parts = command(name, task, model, settings, work, scratch)
         subprocess.run([sys.executable, *(part.replace('$DATA', args.data) for part in parts[1:])], cwd=ROOT, check=True)
 
 
-MODELS = """`mini` is the README's BERT-mini: 4 layers of 256, an uncased vocabulary of 8,192."""
 HEADER = """# Results
 
 Written by `benchmarks/results.py`: mean, standard deviation and range over seeds, on dev, of each run's checkpoint that is best there. Random weights are the
 same model, data and settings with `--config.from_scratch=True`. What can be scored without reading stands beside: always the most frequent label, the label (or
-mean) of the training rows of the same length, the longest choice, the first sentence, never an answer, each word's most frequent tag. Minutes are those of
-the training steps, on a machine of two cores that did other things too.
+mean) of the training rows of the same length, the longest choice, the first sentence, never an answer, each word's most frequent tag. Learning rates were chosen by a
+few runs on dev beforehand. Minutes are those of the training steps on one core of a machine that did other things too.
 
 | task | score | pre-trained | random weights | without reading | model | a run | seeds | commit |
 |---|---|---|---|---|---|---|---|---|"""
@@ -107,7 +134,7 @@ def page(output, data):
         if not all((work / 'sweep.json').exists() for work in found):
             continue
         sweeps = [json.loads((work / 'sweep.json').read_text()) for work in found]
-        commits = sorted({json.loads((work / 'made.json').read_text())['commit'] for work in found})
+        commits = sorted({commit for work in found for commit in json.loads((work / 'made.json').read_text())['commits']})
         score = sweeps[0]['score']
         found_baselines = baselines(task, settings, data)
         for shown in (score, *(f'dev/{other}' for other in BESIDE.get(name, ()))):
@@ -118,7 +145,9 @@ def page(output, data):
                          f'| {", ".join(commits)} |')
         parts = command(name, task, f'runs/{model}', settings, f'runs/{name}')
         commands.append(' '.join(f'"{part}"' if '(' in part else part for part in parts))
-    return '\n'.join([*lines, '', MODELS, '', 'The commands:', '', '```bash', *commands, '```', ''])
+    models = [(output / f'{name}.txt').read_text() for name in PHASES if (output / f'{name}.txt').exists()]
+    made = [' '.join(parts) for name in PHASES for parts in PRETRAINING[name]]
+    return '\n'.join([*lines, '', *models, 'The commands:', '', '```bash', *made, *commands, '```', ''])
 
 
 def baselines(task, settings, data):
@@ -130,10 +159,19 @@ def baselines(task, settings, data):
 
 def cost(work):
     """Steps and minutes of a run, the mean over seeds."""
-    runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in work.glob('runs/*/rates.jsonl')]
-    steps = statistics.mean(rates[-1]['step'] for rates in runs)
-    minutes = [sum((rate['step'] - before) / rate['steps_per_second'] for before, rate in zip([0, *(r['step'] for r in rates)], rates)) / 60 for rates in runs]
-    return f'{steps:,.0f} steps, {statistics.mean(minutes):.0f} min'
+    runs = list(work.glob('runs/*'))
+    steps = statistics.mean(rates(run)[-1]['step'] for run in runs)
+    return f'{steps:,.0f} steps, {statistics.mean(map(minutes, runs)):.0f} min'
+
+
+def rates(run):
+    return [json.loads(line) for line in (run / 'rates.jsonl').read_text().splitlines()]
+
+
+def minutes(run):
+    """Of a run's training steps."""
+    found = rates(run)
+    return sum((rate['step'] - before) / rate['steps_per_second'] for before, rate in zip([0, *(r['step'] for r in found)], found)) / 60
 
 
 def spread(values):
