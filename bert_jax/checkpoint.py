@@ -109,6 +109,10 @@ class Checkpoints:
                          f'{last}. Put that right (a full disk?) and give the same command again: it resumes.')
 
     def _delete_old(self) -> None:
+        """What need not be kept; what was never finished, which is gigabytes too (nothing is being saved now)."""
+        for folder in list(self._folder.iterdir()):
+            if folder.name[:8].isdigit() and not (folder / 'manifest.json').exists():  # also *.orbax-checkpoint-tmp
+                folder.rmtree()
         steps = self.steps()
         kept = set(steps[-self._keep:])
         if self._best:

@@ -21,7 +21,7 @@ CHANNEL = r'channel_id=(\d+)'
 
 @dataclasses.dataclass
 class Step:
-    """A compiled training step, what it was made of, and bytes of activations kept for the backward pass."""
+    """A compiled training step, what it was made of, and bytes that a micro-batch keeps for its backward pass."""
 
     compiled: Any
     program: hlo.Program
@@ -39,8 +39,11 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
       jax.errors.JaxRuntimeError: more memory than there is.
     """
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
-    whole = examples.empty(batch_size, length, config.mask_rate, config.packed)
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in whole.items()}
+    def shapes(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in examples.empty(
+            rows, length, config.mask_rate, config.packed).items()}
+
+    batch = shapes(batch_size)
     state = train.state_shapes(model, tx, examples.empty(1, length, config.mask_rate, config.packed))
     mesh = partition.make_mesh(config.mesh, state, devices, config.accumulation)
     examples.check_batch_size(batch_size, partition.data_devices(mesh), config.accumulation)
@@ -49,11 +52,12 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
     start = time.perf_counter()
     compiled = step.lower(state, batch, hyper).compile()
     seconds = time.perf_counter() - start
-    return Step(compiled, hlo.Program(compiled.as_text()), state, mesh, seconds, _kept(model, state.params, batch))
+    kept = _kept(model, state.params, shapes(batch_size // config.accumulation))
+    return Step(compiled, hlo.Program(compiled.as_text()), state, mesh, seconds, kept)
 
 
 def _kept(model: models.Model, params: Any, batch: Any) -> int:
-    """Bytes of activations that the forward pass leaves for the backward one, as JAX writes it down, of all rows."""
+    """Bytes of activations that the forward pass leaves for the backward one, as JAX writes it down."""
     def losses(params: Any, batch: Any) -> Any:
         rngs = {'dropout': jax.random.key(0)}
         return {name: terms['loss'].total for name, terms in model.apply(

@@ -5,8 +5,8 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID; `--coordinator auto` asks the TPU's metada
 coordinator, alone prints and writes logs. When a process or its machine dies, the others end within HEARTBEAT_SECONDS;
 when one lives but does not go on (a disk or a network that hangs), all end within STALL_SECONDS.
 
-Exit codes: 0 finished; 2 something the user can put right; 75 stopped on request (SIGTERM, a preemption notice) with a
-checkpoint saved, or another process is gone: give the same command again.
+Exit codes: 0 finished; 1 a fault in the program; 2 something the user can put right; 75 stopped on request (SIGTERM, a
+preemption notice) with a checkpoint saved, or another process is gone: give the same command again.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ from bert_jax.cli import UserError
 
 JOIN_SECONDS = 300       # for all processes to appear
 HEARTBEAT_SECONDS = 60   # a process that is silent for so long is taken for dead
-STALL_SECONDS = 1800     # between two steps, with the compilation, evaluation and checkpoint there may be between them
+STALL_SECONDS = 1800     # to the first step and between two, with the evaluation and checkpoint there may be between
 GONE = re.compile('gloo|nccl|heartbeat|coordination|connection|unavailable|socket|aborted|incarnation|deadline|'
                   'remote process|barrier', re.IGNORECASE)
 
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--heartbeat_seconds', type=int, metavar='S', default=HEARTBEAT_SECONDS,
                        help=f'a process silent for so long is taken for dead (default: {HEARTBEAT_SECONDS})')
     group.add_argument('--stall_seconds', type=int, metavar='S', default=STALL_SECONDS,
-                       help=f'all end when a step has not come for so long (default: {STALL_SECONDS})')
+                       help=f'all end when nothing has come for so long, a step say (default: {STALL_SECONDS})')
 
 
 def join(args: argparse.Namespace) -> None:
@@ -73,11 +74,18 @@ def join(args: argparse.Namespace) -> None:
         jax.distributed.initialize(**known, initialization_timeout=args.join_seconds + 30,
                                    heartbeat_timeout_seconds=args.heartbeat_seconds)
     except (RuntimeError, ValueError) as error:
+        if 'coordinator_address should be defined' in str(error):
+            raise UserError('--coordinator auto: no TPU slice, Slurm or Open MPI is found here; give HOST:PORT, '
+                            '--num_processes N and --process_id I.') from error
+        if 'Failed to start RPC server' in str(error):
+            raise UserError(f'--coordinator {args.coordinator}: cannot listen there; is the port taken, by an earlier '
+                            'run say?') from error
         if GONE.search(str(error)):  # the others have not noticed yet that this process had gone
             _say_and_exit(f'--coordinator {args.coordinator}: {cli.first_line(error)[:200]}. Give the same command '
                           'again.', cli.RESTART)
         raise UserError(f'--coordinator {args.coordinator}: {cli.first_line(error)}') from error
     late.cancel()
+    threading.Thread(target=_watch, args=(args.stall_seconds,), daemon=True).start()
     if jax.process_index():
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 - as long as the process lives
 
@@ -178,29 +186,27 @@ def stop_notice() -> Callable[[int], bool]:
     return lambda step: bool(told)
 
 
-def watched(batches: Iterator[Any], seconds: float) -> Iterator[Any]:
-    """The same batches; ends the process when the next one is not asked for in time, or does not come.
+_last_sign = [0.0]  # when this process last went on
+
+
+def _watch(seconds: float) -> None:
+    """Ends the process when nothing has gone on for so long, from joining to the end.
 
     A process whose main thread hangs still has a heartbeat, so the others would wait for it without end.
     """
-    if jax.process_count() == 1:
-        yield from batches
-        return
-    asked, over = [time.monotonic()], threading.Event()
+    _last_sign[0] = time.monotonic()
+    while time.monotonic() - _last_sign[0] <= seconds:
+        time.sleep(min(seconds / 10, 10))
+    _say_and_exit(f'nothing has gone on for {seconds:g} s (--stall_seconds): a process hangs, here or elsewhere. Give '
+                  'the same command again on all of them: it resumes.', cli.RESTART)
 
-    def watch() -> None:
-        while not over.wait(min(seconds / 10, 10)):
-            if time.monotonic() - asked[0] > seconds:
-                _say_and_exit(f'no step has ended for {seconds:g} s (--stall_seconds): a process hangs, here or '
-                              'elsewhere. Give the same command again on all of them: it resumes.', cli.RESTART)
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        for batch in batches:
-            asked[0] = time.monotonic()
-            yield batch
-    finally:
-        over.set()
+def watched(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, each a sign that this process goes on."""
+    for batch in batches:
+        _last_sign[0] = time.monotonic()
+        yield batch
+    _last_sign[0] = time.monotonic()
 
 
 def others_are_gone(error: Exception) -> bool:
@@ -210,18 +216,24 @@ def others_are_gone(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def exit_when_others_are_gone() -> Iterator[None]:
-    """Turns the error of a broken connection into one line and exit code 75, and any UserError into code 2, at once."""
+    """Of many processes: a broken connection is one line and exit code 75, a UserError code 2, any other error code 1.
+
+    At once: on the usual way out JAX would wait five minutes for the others, who wait for this one.
+    """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-        if not others_are_gone(error):
-            raise
-        _say_and_exit(f'another process is gone ({cli.first_line(error)[:200]}). Give the same command again on all '
-                      'of them: it resumes.', cli.RESTART)
-    except UserError as error:
+    except cli.Stopped:  # all stop together
+        raise
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        _say_and_exit(' '.join(str(error).split()), 2)
+        if isinstance(error, UserError):
+            _say_and_exit(' '.join(str(error).split()), 2)
+        if isinstance(error, (ValueError, RuntimeError)) and others_are_gone(error):
+            _say_and_exit(f'another process is gone ({cli.first_line(error)[:200]}). Give the same command again on '
+                          'all of them: it resumes.', cli.RESTART)
+        traceback.print_exc()
+        _say_and_exit(f'{type(error).__name__} (above); the other processes end with this one.', 1)
 
 
 def _say_and_exit(message: str, code: int) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,9 @@ from etils import epath
 
 from bert_jax import paths
 from bert_jax.cli import UserError
+
+
+REMOTE_SECONDS = 60  # between two writes of a log to gs://
 
 
 @flax.struct.dataclass
@@ -55,7 +59,7 @@ class Writer:
     """Writes each record to `log.jsonl` and to TensorBoard files; rates go to `rates.jsonl`.
 
     `log.jsonl` holds nothing that depends on the clock, so two runs with equal numbers have equal logs. Of many
-    processes the first alone writes.
+    processes the first alone writes. On gs://, where a file is written anew for each line, it does so once a minute.
     """
 
     def __init__(self, workdir: epath.Path, step: int) -> None:
@@ -63,6 +67,8 @@ class Writer:
         if jax.process_index():
             return
         self._files = {name: workdir / f'{name}.jsonl' for name in ('log', 'rates')}
+        self._pending = dict.fromkeys(self._files, '')
+        self._seconds, self._flushed = REMOTE_SECONDS if paths.is_remote(workdir) else 0, time.monotonic()
         for file in self._files.values():
             cut_back(file, step)
         try:
@@ -81,14 +87,27 @@ class Writer:
     def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         if self._board is None:
             return
-        paths.append(self._files[name], json.dumps({'step': step, **values}) + '\n')
+        self._pending[name] += json.dumps({'step': step, **values}) + '\n'
         for key, value in values.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(key, value, step)
+        if time.monotonic() - self._flushed >= self._seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is not written yet: before a checkpoint is saved, after which it would not come again."""
+        if self._board is None:
+            return
+        for name, text in self._pending.items():
+            if text:
+                paths.append(self._files[name], text)
+                self._pending[name] = ''
         self._board.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Ends the TensorBoard file."""
+        """Ends the files."""
+        self.flush()
         if self._board is not None:
             self._board.close()
 

@@ -1,6 +1,7 @@
 """Files on a local disk or on gs://, written so that a reader never sees half of one."""
 
 import contextlib
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+from etils.epath import gpath
 
 from bert_jax.cli import UserError
 
@@ -23,10 +25,17 @@ def _keep_no_listings() -> None:
 
 
 _keep_no_listings()
+gpath._is_tf_installed = lambda: False  # one client for all, gcsfs, whether TensorFlow is there or not
 
 
 def is_remote(path: epath.Path) -> bool:
-    """True for gs:// and its like: a write is atomic there, but nothing can be appended or renamed in place."""
+    """True for gs:// and its like: a write is atomic there, but nothing can be appended or renamed in place.
+
+    Raises:
+      UserError: the client for gs:// is missing.
+    """
+    if str(path).startswith('gs://') and importlib.util.find_spec('gcsfs') is None:
+        raise UserError(f'{path}: pip install gcsfs google-cloud-storage, for workdirs on gs://.')
     return '://' in str(path)
 
 

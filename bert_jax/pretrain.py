@@ -47,13 +47,11 @@ def main() -> None:
     args, config = cli.parse_with_config(parser)
     distributed.join(args)
     with distributed.exit_when_others_are_gone():
-        pretrain(config, args.workdir, args.stall_seconds)
+        pretrain(config, args.workdir)
 
 
-def pretrain(config: ConfigDict, path: str, stall_seconds: float = distributed.STALL_SECONDS) -> dict[str, float]:
+def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     """Runs or resumes the pre-training that `config` describes in the workdir `path`; returns its results.
-
-    With many processes, all end when no step has ended for `stall_seconds`.
 
     Raises:
       UserError: a config that cannot run; a workdir of another run; a loss that is not finite.
@@ -94,7 +92,7 @@ def pretrain(config: ConfigDict, path: str, stall_seconds: float = distributed.S
     sharding = partition.batch_sharding(mesh)
     placed = batches.placed_ahead(phase_batches(config, phases, streams, start, sharding), sharding)
     train.fit(
-        state, step, distributed.watched(placed, stall_seconds),
+        state, step, distributed.watched(placed),
         num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
         save_every=config.save_every, eval_every=config.eval_every, evaluators=evaluators,
         checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases), stop=stop,

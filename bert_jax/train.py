@@ -231,6 +231,7 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
             writer.write(done, scores)
             bar.write(f'step {done}: ' + describe(scores))
         if done % save_every == 0 or done == num_steps or stopping:
+            writer.flush()
             checkpoints.save(done, state, scores)
         if stopping:
             checkpoints.wait()

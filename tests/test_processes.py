@@ -118,23 +118,54 @@ def test_the_others_end_when_one_dies_or_hangs_and_all_go_on(store_path, referen
 
 
 HANGS = """
-import time, jax
+import threading, time, jax
 from bert_jax import distributed
 from bert_jax.cli import UserError
 jax.process_count = lambda: 2
+watch = lambda: threading.Thread(target=distributed._watch, args=(0.5,), daemon=True).start()
 """
 
 
 @pytest.mark.parametrize('code, exit_code, words', [
-    ('for _ in distributed.watched(iter([1, 2]), 0.5): time.sleep(60)', 75, 'no step has ended for 0.5 s'),
-    ('for _ in distributed.watched((time.sleep(60) for _ in [1]), 0.5): pass', 75, 'no step has ended for 0.5 s'),
+    ('watch()\nfor _ in distributed.watched(iter([1, 2])): time.sleep(60)', 75, 'nothing has gone on for 0.5 s'),
+    ('watch()\nfor _ in distributed.watched(time.sleep(60) for _ in [1]): pass', 75, 'nothing has gone on for 0.5 s'),
+    ('watch()\ntime.sleep(60)', 75, 'nothing has gone on for 0.5 s'),
+    ('with distributed.exit_when_others_are_gone(): {}["what"]', 1, "KeyError: 'what'"),
     ('with distributed.exit_when_others_are_gone(): raise UserError("the disk\\nis full")', 2, 'error: the disk is full'),
     ('with distributed.exit_when_others_are_gone(): raise RuntimeError("NCCL: remote process exited")', 75, 'another process is gone'),
-    ('for _ in distributed.watched(iter(range(30)), 0.5): time.sleep(0.05)\ntime.sleep(1)', 0, '')])
+    ('watch()\nfor _ in distributed.watched(iter(range(30))): time.sleep(0.05)', 0, '')])
 def test_a_process_that_cannot_go_on_does_not_keep_the_others(code, exit_code, words):
     start = time.monotonic()
     done = subprocess.run([sys.executable, '-c', HANGS + code], cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == exit_code and words in done.stderr and time.monotonic() - start < 30, done.stderr
+
+
+JOINED = """
+import argparse, sys
+from bert_jax import distributed
+parser = argparse.ArgumentParser()
+distributed.add_arguments(parser)
+distributed.join(parser.parse_args())
+with distributed.exit_when_others_are_gone():
+    distributed.meet('once')
+    if '--process_id=1' in sys.argv:
+        open('/no/such/file')
+    distributed.meet('never')
+"""
+
+
+def test_a_fault_of_one_process_ends_both_at_once():
+    """JAX's own way out waits five minutes for the others."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    processes = [subprocess.Popen([sys.executable, '-c', JOINED, f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={i}',
+                                   '--heartbeat_seconds=10'], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for i in (0, 1)]
+    start = time.monotonic()
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert processes[1].returncode == 1 and 'No such file' in errors[1] and 'FileNotFoundError (above)' in errors[1], errors[1]
+    assert (processes[0].returncode == 75 or processes[0].returncode < 0) and time.monotonic() - start < 60, errors[0]
 
 
 @pytest.mark.parametrize('text, gone', [
