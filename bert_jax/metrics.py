@@ -17,7 +17,6 @@ from etils import epath
 from bert_jax import paths
 from bert_jax.cli import UserError
 
-
 REMOTE_SECONDS = 60  # between two writes of a log to gs://
 
 

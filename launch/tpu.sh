@@ -56,7 +56,7 @@ where=()
 qr() { # one call of gcloud: COMMAND, then flags; scp takes its two places instead of the name
   local places=("$name") call
   if [ "$1" = scp ]; then places=("$2" "$name:$3"); set -- "$1" "${@:4}"; fi
-  call=(gcloud compute tpus queued-resources "$1" "${places[@]}" "${where[@]}" "${@:2}")
+  call=(gcloud compute tpus queued-resources "$1" "${places[@]}" ${where[@]+"${where[@]}"} "${@:2}")
   if [ -n "$dry" ]; then printf '%q ' "${call[@]}"; echo; return; fi
   "${call[@]}"
 }
@@ -88,17 +88,25 @@ wait_until_active() {
     [ "$now" = "$last" ] || say "$name is $now"
     case $now in
       ACTIVE) return ;;
-      FAILED | SUSPENDING | SUSPENDED) return 1 ;;
+      FAILED) say "$(qr describe --format='value(state.failedData.error.message)')"; return 1 ;;
+      SUSPENDING | SUSPENDED) return 1 ;;
     esac
     last=$now
     sleep "$poll"
   done
 }
 
+temporary=$(mktemp -d) archive=$temporary/bert_jax.tar.gz
+trap 'rm -rf "$temporary"' EXIT
+
+pack() { # this checkout as it is now: a run keeps its code, whatever becomes of the checkout
+  [ -z "$dry" ] || return 0
+  git ls-files -co --exclude-standard -z | while IFS= read -r -d '' file; do
+    [ ! -e "$file" ] || printf '%s\0' "$file"
+  done | tar czf "$archive" --null --files-from=-
+}
+
 setup() {
-  local archive
-  archive=$(mktemp -d)/bert_jax.tar.gz
-  [ -n "$dry" ] || git ls-files -co --exclude-standard -z | tar czf "$archive" --null --files-from=-
   qr scp "$archive" bert_jax.tar.gz --node=all --worker=all || fail "$name: the code did not reach every worker."
   # a run that goes on keeps its code; else nothing of an older copy stays but what was installed
   everywhere 'mkdir -p bert_jax/run && { bash bert_jax/launch/worker.sh status 2> /dev/null | grep -qx running ||
@@ -118,10 +126,22 @@ start() {
   esac
 }
 
+persist() { # sets up and starts; nobody is there to try again
+  local tries=1
+  until (setup && start "$@"); do
+    [ "$tries" -lt "$patience" ] || fail "$tries tries. $name is still there, and costs: bash launch/tpu.sh delete $name"
+    tries=$((tries + 1))
+    say "trying again"
+    sleep "$poll"
+  done
+}
+
 statuses() { everywhere 'bash bert_jax/launch/worker.sh status'; }
 
+given_back() { [ "$(qr describe --format='value(state.stateInitiator)')" = USER ]; }
+
 watch() { # until the run has ended; asks for a new slice when this one is gone
-  local found silent=0
+  local found silent=0 costs="$name is still there, and costs: bash launch/tpu.sh delete $name"
   while true; do
     sleep "$poll"
     case $(state || echo UNKNOWN) in
@@ -129,20 +149,24 @@ watch() { # until the run has ended; asks for a new slice when this one is gone
         found=$(statuses) || found=''
         [ -z "$found" ] || silent=0
         case $found in
-          *dead*) say "the run is gone from a worker (a reboot?); starting it again"; setup; start "$@" ;;
+          *dead*) say "the run is gone from a worker (a reboot?); starting it again"; persist "$@" ;;
           *running*) ;;
-          *failed*) everywhere 'bash bert_jax/launch/worker.sh tail' || true; fail "the run failed on a worker (above)." ;;
-          *stopped*) say "the run was stopped; the same command goes on"; return ;;
-          *finished*) say "the run has finished: $workdir"; return ;;
+          *failed*) everywhere 'bash bert_jax/launch/worker.sh tail' || true; fail "the run failed on a worker (above). $costs" ;;
+          *stopped*) say "the run was stopped; the same command goes on. $costs"; return ;;
+          *finished*) say "the run has finished: $workdir. $costs"; return ;;
           *)
             silent=$((silent + 1))
             say "a worker does not answer; trying again"
-            [ "$silent" -lt "$patience" ] || fail "no answer $silent times in a row. $name is still there, and costs: bash launch/tpu.sh delete $name" ;;
+            [ "$silent" -lt "$patience" ] || fail "no answer $silent times in a row. $costs" ;;
         esac ;;
       SUSPENDING | SUSPENDED | FAILED)
+        if given_back; then say "$name was given back; the run goes on with the same command on another"; return; fi
         say "$name was taken away; asking for another, to go on from the last checkpoint"
         again "$@" ;;
-      *) ;;
+      DELETING) say "$name is being deleted; the run goes on with the same command on another"; return ;;
+      *)
+        silent=$((silent + 1))
+        [ "$silent" -lt "$patience" ] || fail "gcloud does not say what $name is, $silent times in a row. Was it deleted? If not, it costs." ;;
     esac
   done
 }
@@ -157,17 +181,19 @@ recall() { # what was asked for
   case $spot in *'"spot"'*) spot=1 ;; *) spot='' ;; esac
 }
 
-again() { # the same request once more, until it is granted
+again() { # the same request once more, until it is granted; who waits for capacity waits in the queue, not here
+  local tries=1
   [ -n "$type" ] || recall
   while true; do
     qr delete --force --quiet || say "$name could not be deleted; it may be gone already"
     if ! create; then say "gcloud did not take the request; trying again"
     elif wait_until_active; then break
     else say "still no capacity; trying again"; fi
+    [ "$tries" -lt "$patience" ] || fail "$tries requests for $type came to nothing (above)."
+    tries=$((tries + 1))
     sleep "$poll"
   done
-  setup
-  start "$@"
+  persist "$@"
 }
 
 case $action in
@@ -175,10 +201,11 @@ case $action in
     [ -n "$type" ] || fail "create needs --type, for example v4-64, v5litepod-16 or v6e-256."
     create || fail "gcloud did not take the request for $type (quota? zone?); nothing was created."
     say "asked for $type; bash launch/tpu.sh run $name waits for it" ;;
-  setup) wait_until_active || fail "$name is not active."; setup ;;
+  setup) wait_until_active || fail "$name is not active."; pack; setup ;;
   run)
     [ -n "$store" ] && [ -n "$workdir" ] || fail "run needs --store gs://BUCKET/STORE and --workdir gs://BUCKET/RUN."
     [ $# -gt 0 ] || fail "run needs pretrain's arguments after --, for example: -- --config configs/pretrain.py:base,bf16"
+    pack
     if wait_until_active; then setup; start "$@"; else again "$@"; fi
     say "running; bash launch/tpu.sh logs $name"
     [ -n "$detach$dry" ] || watch "$@" ;;
@@ -186,12 +213,15 @@ case $action in
   ssh) qr ssh --node=0 --worker="$worker" ;;
   stop)
     everywhere 'bash bert_jax/launch/worker.sh stop'
-    until [ -n "$dry" ]; do
-      case $(statuses || echo running) in
-        *running*) sleep "$poll" ;;
-        *stopped*) say 'stopped; a checkpoint is saved'; break ;;
-        *) say 'nothing is running there'; break ;;
+    for _ in $([ -n "$dry" ] || seq "$patience"); do
+      found=$(statuses) || found=''
+      case $found in
+        '' | *running*) sleep "$poll" ;;
+        *'stopped with'* | *failed*) fail "stopped, but the run had not saved: $found. The last checkpoint is where it goes on." ;;
+        *stopped*) say 'stopped; a checkpoint is saved'; exit ;;
+        *) say 'nothing is running there'; exit ;;
       esac
-    done ;;
+    done
+    [ -n "$dry" ] || fail "no worker says that it has stopped (bash launch/tpu.sh logs $name)." ;;
   delete) qr delete --force --quiet ;;
 esac

@@ -17,6 +17,7 @@ echo "$@" >> .venv/python_calls
 echo "${JAX_COMPILATION_CACHE_DIR-}" > .venv/cache
 trap 'exit 75' TERM
 codes=$(cat .venv/codes); code=${codes%% *}; echo "${codes#* }" > .venv/codes
+[ "$code" != wait2 ] || { trap 'exit 2' TERM; code=wait; }
 [ "$code" != wait ] || { while true; do sleep 0.1; done; }
 exit $code
 '''
@@ -112,7 +113,7 @@ def test_a_run_from_the_queue_to_the_end(cloud):
     for number in (0, 1):
         home = cloud.root / f'worker{number}' / 'bert_jax'
         started = [line for line in cloud.python(number).splitlines() if 'bert_jax.pretrain' in line]
-        assert started == [f'-m bert_jax.pretrain --coordinator auto --workdir gs://b/run --config.store={home}/run/store --config '
+        assert started == [f'-m bert_jax.pretrain --coordinator auto --join_seconds 1800 --workdir gs://b/run --config.store={home}/run/store --config '
                            'configs/pretrain.py:base --config.phases=((1, 2, 3),)'] * 3
         assert (home / 'run' / 'store' / 'store.json').exists() and (home / 'bert_jax' / 'pretrain.py').exists()
         assert not list((home).glob('.git/*'))
@@ -139,6 +140,7 @@ def test_several_slices_come_back_as_several_and_a_failing_call_does_not_end_the
     done = cloud(*RUN)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('did not take the request; trying again') == 2 and 'still no capacity' in done.stderr
+    assert 'Insufficient capacity.' in done.stderr
     assert [call[3] for call in cloud.calls() if call[3] in ('create', 'delete')] == ['delete', 'create'] * 4
     assert {'--node-count=2', '--node-prefix=pod', '--spot'} <= set(cloud.calls('create')[-1])
 
@@ -151,12 +153,55 @@ def test_a_slice_on_demand_comes_back_on_demand(cloud):
     assert '--spot' not in create and '--accelerator-type=v5litepod-16' in create
 
 
+def test_a_slice_that_was_given_back_is_left_alone(cloud):
+    cloud.codes('wait 0')
+    (cloud.root / 'initiator').write_text('USER')
+    for states, words in ((('ACTIVE', 'SUSPENDING'), 'was given back'), (('ACTIVE', 'DELETING'), 'is being deleted')):
+        cloud.states(*states)
+        done = cloud(*RUN)
+        assert done.returncode == 0 and words in done.stderr and not cloud.calls('create'), done.stderr
+    cloud.states('ACTIVE')
+    (cloud.root / 'fail').write_text('\n'.join(f'describe@{number} NOT_FOUND' for number in range(len(cloud.calls('describe')) + 2, 99)))
+    done = cloud(*RUN, polls='3')
+    assert done.returncode == 2 and 'does not say what pod is, 3 times in a row' in done.stderr, done.stderr
+
+
+def test_a_run_keeps_its_code_and_gets_over_a_refused_connection(cloud):
+    """After the slice was taken away: ssh is not there at once, and the checkout has changed meanwhile."""
+    (cloud.root / 'fail').write_text('scp@2 Connection refused\nssh@4 Connection refused\n')
+    cloud.states('ACTIVE', 'SUSPENDED', 'ACTIVE')
+    cloud.codes('wait 0')
+    watching, new = cloud.start(*RUN), ROOT / 'bert_jax' / 'made_meanwhile.txt'
+    try:
+        wait_for(lambda: cloud.calls('scp'))
+        new.touch()
+        _, stderr = watching.communicate(timeout=120)
+    finally:
+        new.unlink()
+    assert watching.returncode == 0 and stderr.count('trying again') == 2 and 'the run has finished' in stderr, stderr
+    assert not list(cloud.root.glob('worker*/bert_jax/bert_jax/made_meanwhile.txt'))
+
+
+def test_five_short_lives_are_the_end(cloud):
+    cloud.codes('137 139 134 75 137 0')
+    done = cloud(*RUN)
+    assert done.returncode == 2 and 'the run failed on a worker' in done.stderr and 'tpu.sh delete pod' in done.stderr, done.stderr
+    assert cloud.python(0).count('bert_jax.pretrain') == 5
+
+
+def test_a_stop_that_saved_nothing_is_no_success(cloud):
+    cloud.codes('wait2 0')
+    assert cloud(*RUN[:2], '--detach', *RUN[2:]).returncode == 0
+    done = cloud('stop', 'pod')
+    assert done.returncode == 2 and 'stopped with code 2' in done.stderr and 'had not saved' in done.stderr, done.stderr
+
+
 def test_a_loop_that_is_gone_is_started_again(cloud):
     """As after a reboot: no exit code, nothing running."""
     cloud.codes('wait 0')
     watching = cloud.start(*RUN)
     loops = [home / 'bert_jax' / 'run' for home in sorted(cloud.root.glob('worker*'))]
-    wait_for(lambda: all((run / 'pid').exists() for run in loops))
+    wait_for(lambda: all((run / 'pid').exists() and (run.parent / '.venv' / 'codes').read_text() == '0\n' for run in loops))
     for name in ('loop', 'pid'):
         subprocess.run(['kill', '-KILL', (loops[0] / name).read_text().strip()], check=True)
     loops[1].joinpath('stopped').unlink(missing_ok=True)
@@ -203,14 +248,17 @@ def test_a_worker_with_an_old_python_gets_a_new_one(tmp_path):
     bin_.mkdir()
     (home / 'requirements-tpu.txt').write_text('')
     old = '#!/bin/bash\necho "$@" >> "$HOME/calls"\n[ "$1" != -c ]\n'
-    new = '#!/bin/bash\nexit 0\n'
+    new = '#!/bin/bash\necho "$@" >> "$HOME/calls"\n[ "$1" != -c ] || echo 0.0.42.1\n'
     uv = f'#!/bin/bash\necho uv "$@" >> "$HOME/calls"\nmkdir -p .venv/bin\nfor one in python pip; do printf %s {shlex.quote(new)} > .venv/bin/$one; chmod +x .venv/bin/$one; done\n'
     for name, script in {'python3': old, 'python3.11': old, 'python3.12': old, 'python3.13': old, 'uv': uv}.items():
         (bin_ / name).write_text(script)
         (bin_ / name).chmod(0o755)
+    (bin_ / 'curl').write_text('#!/bin/bash\necho v6e-16\n')
+    (bin_ / 'curl').chmod(0o755)
     done = subprocess.run(['bash', 'launch/worker.sh', 'setup'], cwd=home, text=True, capture_output=True,
                           env={'HOME': str(tmp_path), 'PATH': f'{bin_}:/usr/bin:/bin'})
     calls = (tmp_path / 'calls').read_text()
+    assert '-m pip install --quiet --no-deps libtpu==0.0.43.*' in calls  # what 0.0.42 has is not for v6e
     assert done.returncode == 0 and '-m pip install --quiet --user uv' in calls and 'uv venv' in calls, done.stderr + calls
 
 
