@@ -132,6 +132,8 @@ def header(found):
             lines.append(f'    {name:<18}' + '; '.join(
                 f'{phase["length"]}: {phase["memory"]["total"] / 2**30:5.1f} GiB, {phase["estimate"]["seconds"] * 1e3:6.0f} ms, MFU {phase["mfu"]:4.0%}'
                 for phase in phases))
+    if PUBLISHED.keys() & found.keys():
+        lines += ['', *textwrap.wrap(f'How far such an estimate may be off: {judged(found)}.', 100)]
     return '\n'.join(lines)
 
 

@@ -155,10 +155,12 @@ def _what_fits(config: ConfigDict, devices: list[jax.Device], length: int, batch
     """The nearest setting that fits, found by compiling, from what costs least to what costs most."""
     remats = REMATS[REMATS.index(config.model.encoder.remat) + 1:]
     last = {'remat': REMATS[-1]}
+    fsdp, tensor = _split(config)
+    most = len(devices) // len({getattr(device, 'slice_index', 0) for device in devices}) // tensor
     tried: list[dict[str, Any]] = [{'remat': remat} for remat in remats]
     tried += [last | {'accumulation': n * config.accumulation} for n in (2, 4, 8)]
-    tried += [last | {'fsdp': n} for n in (2, 4, 8, 16, 32) if len(devices) % n == 0]
-    tried += [last | {'fsdp': len(devices), 'batch': batch_size // n} for n in (2, 4, 8)
+    tried += [last | {'fsdp': n} for n in (2, 4, 8, 16, 32) if n > fsdp and most % n == 0]
+    tried += [last | {'fsdp': most, 'batch': batch_size // n} for n in (2, 4, 8)
               if batch_size // n >= len(devices)]
     for setting in tried:
         print(f'it does not fit; trying {_words(setting)} ...', flush=True)
@@ -167,9 +169,16 @@ def _what_fits(config: ConfigDict, devices: list[jax.Device], length: int, batch
         except (jax.errors.JaxRuntimeError, UserError):
             continue
         keys = {'remat': '--config.model.encoder.remat={}', 'accumulation': '--config.accumulation={}',
-                'fsdp': "'--config.mesh=(-1,{},1)'", 'batch': f'and a batch of {{}} instead of {batch_size:,}'}
+                'fsdp': f"'--config.mesh=(-1,{{}},{tensor})'",
+                'batch': f'and a batch of {{}} instead of {batch_size:,}'}
         return 'This fits: ' + ' '.join(keys[key].format(value) for key, value in setting.items()) + '.'
     return 'Nothing that was tried makes it fit: take more or larger chips.'
+
+
+def _split(config: ConfigDict) -> tuple[int, int]:
+    """`fsdp` and `tensor` of the config's mesh, 1 where it leaves them open."""
+    _, fsdp, tensor = config.mesh or (-1, 1, 1)
+    return max(fsdp, 1), max(tensor, 1)
 
 
 def _changed(config: ConfigDict, setting: dict[str, Any]) -> ConfigDict:
@@ -180,8 +189,9 @@ def _changed(config: ConfigDict, setting: dict[str, Any]) -> ConfigDict:
         elif key == 'accumulation':
             changed.accumulation = value
     if 'fsdp' in setting or 'tensor' in setting:
+        fsdp, tensor = _split(config)
         with changed.unlocked():
-            changed.mesh = (-1, setting.get('fsdp', 1), setting.get('tensor', 1))
+            changed.mesh = (-1, setting.get('fsdp', fsdp), setting.get('tensor', tensor))
     return changed
 
 

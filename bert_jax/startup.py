@@ -20,7 +20,7 @@ class Startup:
     """
 
     def __init__(self) -> None:
-        self.parts: dict[str, float] = {'import': _age()}
+        self.parts: dict[str, float] = {'import' if jax.process_count() == 1 else 'import and joining': _age()}
         self._last, self._compiling, self._running = time.monotonic(), 0.0, True
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 

@@ -114,6 +114,23 @@ def test_an_unfinished_checkpoint_is_passed_over_and_made_again(saved, capsys):
     assert same(resumed(saved), state(30, 31.0))
 
 
+def test_what_was_never_finished_goes_with_the_next_save(saved):
+    for name in ('00000035', '00000036.orbax-checkpoint-tmp', '00000037.orbax-checkpoint-tmp-3'):
+        (saved / name / 'params').mkdir(parents=True)
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    checkpoints.save(40, state(40, 40.0))
+    checkpoints.wait()
+    assert sorted(os.listdir(saved)) == ['00000030', '00000040']
+
+
+def test_a_finished_run_keeps_its_best_parameters_alone(saved):
+    checkpoint.Checkpoints(saved, best='dev/accuracy').keep_best_params()
+    assert os.listdir(saved) == ['00000030'] and not (saved / '00000030' / 'rest').exists()
+    params, step, scores = checkpoint.load_params(saved.parent, best='dev/accuracy')
+    assert step == 30 and scores == {'dev/accuracy': 0.3} and same(params, state(30, 30.0).params)
+    assert same(resumed(saved), state())  # without optimizer state nothing goes on
+
+
 def test_a_damaged_newer_step_does_not_push_out_good_ones(saved, capsys):
     """With one to keep: step 30 is damaged, 20 goes on; saving 25 must not leave the damaged one alone."""
     damaged = next(path for path in (saved / '00000030' / 'params').rglob('*') if path.is_file())

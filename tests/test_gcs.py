@@ -4,24 +4,14 @@ import http.server
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import TINY, run_module
 from gcp_storage_emulator.handlers import objects
 
 from bert_jax import paths
 
-# TensorFlow's client talks to Google alone, so these runs reach the bucket through fsspec, as they would without it.
-RUN = '''
-import runpy, sys
-import etils.epath.gpath
-etils.epath.gpath._is_tf_installed = lambda: False
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name='__main__')
-'''
 os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # asks Google what kind of bucket it is; read when imported
 with socket.socket() as probe:
     probe.bind(('localhost', 0))
@@ -57,10 +47,8 @@ def bucket():
 
 
 def run(name, *args):
-    return subprocess.run(
-        [sys.executable, '-c', RUN, f'bert_jax.{name}', *map(str, args)], cwd=ROOT, text=True, capture_output=True, timeout=300,
-        env=os.environ | {'STORAGE_EMULATOR_HOST': URL, 'TENSORSTORE_GCS_HTTP_URL': URL,
-                          'TENSORSTORE_GCS_HTTP_VERSION': '1.1', 'NO_GCE_CHECK': 'true', 'PYTHONPATH': str(ROOT)})
+    return run_module(name, *args, env={'STORAGE_EMULATOR_HOST': URL, 'TENSORSTORE_GCS_HTTP_URL': URL,
+                                        'TENSORSTORE_GCS_HTTP_VERSION': '1.1', 'NO_GCE_CHECK': 'true'})
 
 
 def test_a_run_on_a_bucket(bucket, store_path, tmp_path):
