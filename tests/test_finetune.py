@@ -9,12 +9,11 @@ import time
 
 import numpy as np
 import pytest
-import scipy.special
 import sklearn.metrics
 from conftest import expect_error, run_module
 
 import bert_jax
-from bert_jax import cli, convert, finetune, pretrained, scores
+from bert_jax import cli, convert, finetune, pretrained
 from bert_jax.cli import UserError
 from bert_jax.data import tables, tasks, texts, tokenizer
 from bert_jax.data.task import Task
@@ -156,19 +155,6 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix, pair):
     assert 8 <= len(data.splits['dev']) <= 30
 
 
-def test_a_glue_folder(tmp_path):
-    (tmp_path / 'train.tsv').write_text('\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tHe said "a\tHe said\n0\t3\t4\tx\ty\n')
-    (tmp_path / 'dev.tsv').write_text('Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\ta\tb\n')
-    (tmp_path / 'test.tsv').write_text('index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t1\t2\ta\tb\n')
-    data = tasks.TASKS['mrpc'](folder=str(tmp_path))
-    assert data.splits['train'][0] == texts.Row('He said "a', 'He said', '1', f'{tmp_path}/train.tsv:2')
-    assert data.splits['test'][0].label is None
-    (tmp_path / 'train.tsv').write_text('sentence\tlabel\ngood\t1\nbad\t0\n')
-    (tmp_path / 'dev.tsv').write_text('sentence\tlabel\nfine\t1\n')
-    (tmp_path / 'test.tsv').unlink()
-    assert tasks.TASKS['sst2'](folder=str(tmp_path)).splits.get('test') is None
-
-
 def encoded(vocab, lines, max_length=32, pair=None):
     data = [texts.Row(t, pair, 'a', '') for t in lines]
     return texts.encode(Task('classification', {}, ('a', 'b')), data, tokenizer.load(vocab), max_length, (16, max_length))
@@ -208,16 +194,6 @@ def test_every_row_once_an_epoch_and_once_in_evaluation(vocab):
     assert all(np.array_equal(again[k], data.batch(5, 8, 3)[k]) for k in again)
     numbers = np.concatenate([r for r, _ in data.evaluation_batches(8)])
     assert sorted(numbers) == list(range(101))
-
-
-def test_scores_equal_scikit_learn_and_scipy():
-    rng = np.random.default_rng(0)
-    for labels in (rng.integers(0, 3, 50), np.zeros(50, int)):
-        logits = rng.normal(size=(50, 3))
-        ours = scores.classification(logits, labels, ('a', 'b', 'c'))
-        assert ours['accuracy'] == sklearn.metrics.accuracy_score(labels, logits.argmax(1))
-        nll = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(50), labels]
-        assert ours['loss'] == pytest.approx(nll.mean())
 
 
 def bad(tmp_path, content, name='train.csv'):

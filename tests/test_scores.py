@@ -32,6 +32,7 @@ def test_classification(truth, count):
     each = sklearn.metrics.f1_score(truth, guess, labels=range(count), average=None, zero_division=0)
     np.testing.assert_allclose([ours[f'f1[{label}]'] for label in labels], each)
     assert ours['f1_macro'] == pytest.approx(each.mean())
+    assert ours['loss'] == pytest.approx((scipy.special.logsumexp(logits, axis=1) - logits[np.arange(50), truth]).mean())
     assert ('f1' in ours) == (count == 2) and ours.get('f1', each[1]) == pytest.approx(each[1])
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import bert_jax
 from bert_jax import checkpoint, cli, finetune, predict, scores, sweep
 from bert_jax.cli import UserError
-from bert_jax.data import choices, encoded, glue, spans, tags, tasks, tokenizer
+from bert_jax.data import choices, encoded, glue, spans, tags, tasks, texts, tokenizer
 from bert_jax.data.task import Task
 
 RNG = np.random.default_rng(0)
@@ -243,7 +243,7 @@ def test_glues_odd_files(tmp_path):
     """Quotes that are not quotes, a byte-order mark, CoLA without a header, QQP's broken rows."""
     make('mrpc', tmp_path)
     (tmp_path / 'train.tsv').write_text('\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tHe said "a\tHe said\n0\t3\t4\tx\ty\n')
-    assert glue.read('mrpc', str(tmp_path)).splits['train'][0].text == 'He said "a'
+    assert glue.read('mrpc', str(tmp_path)).splits['train'][0] == texts.Row('He said "a', 'He said', '1', f'{tmp_path}/train.tsv:2')
     (tmp_path / 'train.tsv').write_text('gj04\t1\t\tFine.\ngj04\t0\t*\tNot fine "this.\n')
     (tmp_path / 'dev.tsv').write_text('gj04\t1\t\tFine.\n')
     (tmp_path / 'test.tsv').write_text('index\tsentence\n0\tWho knows?\n')
@@ -255,7 +255,7 @@ def test_glues_odd_files(tmp_path):
     (tmp_path / 'dev.tsv').write_text(header + '0\t1\t2\ta\tb\t1\n')
     (tmp_path / 'test.tsv').unlink()
     qqp = glue.read('qqp', str(tmp_path))
-    assert len(qqp.splits['train']) == 2 and '1 rows' in qqp.notes[0] and 'train.tsv:3' in qqp.notes[0]
+    assert 'test' not in qqp.splits and len(qqp.splits['train']) == 2 and '1 rows' in qqp.notes[0] and 'train.tsv:3' in qqp.notes[0]
     (tmp_path / 'dev.tsv').write_text(header)
     with pytest.raises(UserError, match='dev.tsv: no rows'):
         glue.read('qqp', str(tmp_path))
@@ -555,6 +555,19 @@ def test_a_run_of_a_sweep_has_its_own_shapes_whatever_was_run_before(model, tmp_
     c.batch_size = 4
     assert lengths == [finetune.Job(c).data(size)['train'].row_length for size in (4, 64)]
     assert lengths[0] != lengths[1]
+
+
+def test_what_is_frozen_stays_and_rows_may_be_apart(model, tmp_path):
+    c = config('classification', model, make('classification', tmp_path), "frozen=('embeddings','encoder')", 'packed=False', 'epochs=1.0')
+    finetune.finetune(c, str(tmp_path / 'work'))
+    job = finetune.Job(c)
+    assert not job.packed and job.data(8)['train'].shapes.startswith('lengths')
+    found, _, _ = checkpoint.load_params(tmp_path / 'work')
+    for part, same in (('embeddings', True), ('encoder', True), ('pooler', False)):
+        pairs = zip(jax.tree.leaves(found[part]), jax.tree.leaves(job.source.params[part]))
+        assert all(np.array_equal(a, b) for a, b in pairs) == same
+    with pytest.raises(UserError, match="Unknown part for --config.frozen 'heads'"):
+        finetune.Job(config('classification', model, make('classification', tmp_path), "frozen=('heads',)"))
 
 
 def test_names_of_runs_are_all_different(model, tmp_path):

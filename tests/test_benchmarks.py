@@ -1,0 +1,48 @@
+"""The benchmark scripts: that they run at their smallest, and that their page has what they found."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_tasks import make
+
+LONG = pytest.mark.skipif('BERT_JAX_LONG_TESTS' not in os.environ, reason='minutes; BERT_JAX_LONG_TESTS=1 runs it')
+
+
+def run(script, *args):
+    done = subprocess.run([sys.executable, f'benchmarks/{script}.py', *map(str, args)], cwd=ROOT, text=True, capture_output=True, timeout=900,
+                          env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@LONG
+@pytest.mark.parametrize('script, args, words', [
+    ('train_step', ('--config', 'configs/pretrain.py:tiny', '--length', '32', '--batch_size', '2', '--sides', 'ours,eager_masked',
+                    '--repeats', '1'), ('of the matmul peak', 'eager_masked')),
+    ('finetune', ('--folder', 'SST2', '--vocab', 'VOCAB', '--examples', '64', '--layers', '1', '--repeats', '1'), ('trainer_padded', 'ours / this')),
+    ('predict', ('--vocab', 'VOCAB', '--texts', '8', '--layers', '1', '--repeats', '1'), ('pipeline_32', 'texts/s')),
+    ('prepare', ('--input', 'CORPUS', '--tokenizer', 'VOCAB', '--megabytes', '1', '--repeats', '1', '--peers', '--peer_megabytes', '1'),
+     ('MB/s', 'datasets')),
+    ('pipeline', ('--store', 'STORE', '--batch_size', '2', '--repeats', '1'), ('sequences/s', 'whole_word')),
+    ('startup', ('--store', 'STORE', '--repeats', '1'), ('import', 'warm'))])
+def test_each_runs_and_prints_its_figures(script, args, words, corpus, vocab, store_path, tmp_path):
+    make('sst2', tmp_path, 64)
+    entries = json.loads((vocab / 'tokenizer.json').read_text())['model']['vocab']
+    (tmp_path / 'vocab.txt').write_text('\n'.join(sorted(entries, key=entries.get)) + '\n')
+    known = {'SST2': tmp_path, 'VOCAB': tmp_path / 'vocab.txt', 'CORPUS': corpus, 'STORE': store_path}
+    found = run(script, *(known.get(arg, arg) for arg in args))
+    assert all(word in found for word in words), found
+
+
+def test_the_page_has_what_was_run_and_names_what_was_not(tmp_path):
+    (tmp_path / 'prepare.txt').write_text('$ python benchmarks/prepare.py\n10.0 MB/s\ncommit abc\n')
+    (tmp_path / 'train_base.txt').write_text('ours 1.5 sequences/s\n')
+    (tmp_path / 'train_base.json').write_text(json.dumps({'rows': [{'side': 'ours', 'seconds': [1.0, 1.2], 'of_matmul_peak': 0.7}]}) + '\n')
+    run('page', '--figures', tmp_path, '--output', tmp_path / 'page.md')
+    page = (tmp_path / 'page.md').read_text()
+    assert '10.0 MB/s' in page and 'ours 1.5 sequences/s' in page and '(page.png)' in page and (tmp_path / 'page.png').stat().st_size > 5000
+    assert page.count('\nNot run.\n') == page.count('\n## ') - 3 and 'no GPU was at hand' in page
