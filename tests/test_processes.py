@@ -84,8 +84,11 @@ def reference(store_path, tmp_path_factory):
 
 
 def test_two_processes_stop_at_one_step_and_one_goes_on(store_path, reference, tmp_path):
-    """SIGTERM to one of them; both save step n and say 75; the courses joined are the course of one process."""
-    hosts = Hosts(tmp_path, store_path, tmp_path / 'work', 2)
+    """SIGTERM to one of them; both save step n and say 75; the courses joined are the course of one process.
+
+    The two split parameters between them, and heads and vocabulary within; the one that goes on is data-parallel.
+    """
+    hosts = Hosts(tmp_path, store_path, tmp_path / 'work', 2, '--config.mesh=(1,2,2)')
     wait_for_step(hosts, tmp_path / 'work', 3)
     hosts.processes[1].send_signal(signal.SIGTERM)
     done = hosts.wait()
