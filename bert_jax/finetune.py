@@ -102,7 +102,7 @@ class Job:
         for part in set(config.frozen) - {'embeddings', 'encoder', 'pooler'}:
             raise unknown('part for --config.frozen', part, ('embeddings', 'encoder', 'pooler'))
         options = self.kind.options(self.task)
-        frozen = tuple({*config.frozen, *(('embeddings', 'encoder') if 'features' in options else ())})
+        frozen = tuple(sorted({*config.frozen, *(('embeddings', 'encoder') if 'features' in options else ())}))
         self.model_config = describe_model(config, self.source.model, self.kind.target, options, frozen)
         self.mesh = partition.make_mesh(config.mesh)
         self.packed = config.packed and HEADS[self.kind.target].uses_pooled
