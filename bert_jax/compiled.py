@@ -164,16 +164,21 @@ def _group(instruction: hlo.Instruction, mesh: jax.sharding.Mesh) -> tuple[str, 
     """(mesh axes, devices) that a collective joins: along which its first group runs."""
     if instruction.between_slices:
         return 'slice', mesh.shape['slice']
-    members = _members(instruction.attributes)
-    if members is None:
-        members = np.arange(mesh.size)
+    members = _members(instruction.attributes, mesh.size)
     places = np.unravel_index(members, tuple(mesh.shape.values()))
     axes = [axis for axis, place in zip(mesh.shape, places) if len(set(place.tolist())) > 1]
     return ' x '.join(axes) or 'one device', len(members)
 
 
-def _members(attributes: str) -> np.ndarray | None:
-    """The first group of devices, as numbers in the mesh's order; None for all."""
+def _share_of_links(instruction: hlo.Instruction, known: hardware.Device, mesh: jax.sharding.Mesh) -> float:
+    """How many of a chip's links a group uses: those along the dimensions of the torus in which its devices differ."""
+    members = mesh.devices.ravel()[_members(instruction.attributes, mesh.size)]
+    places = np.array([getattr(device, 'coords', (0,)) for device in members])
+    return max(1, sum(len(set(along.tolist())) > 1 for along in places.T)) / known.torus
+
+
+def _members(attributes: str, count: int) -> np.ndarray:
+    """The first group of devices, as numbers in the mesh's order; all `count` where none are named."""
     named = re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}', attributes)
     if named:
         sizes = [int(size) for size in re.findall(r'=(\d+)', named.group(1))]
@@ -186,7 +191,7 @@ def _members(attributes: str) -> np.ndarray | None:
     listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', attributes)
     if not listed and re.search(r'replica_groups=(?!\{\})', attributes):
         raise ValueError(f'replica groups in a form that is not known: {attributes}')
-    return np.array([int(one) for one in listed.group(1).split(',')]) if listed else None
+    return np.array([int(one) for one in listed.group(1).split(',')]) if listed else np.arange(count)
 
 
 def _transposed(text: str) -> np.ndarray:
@@ -211,8 +216,9 @@ def _collective_seconds(instruction: hlo.Instruction, kind: str, known: hardware
         return 0.0
     rounds = 1.0 if kind == 'collective-permute' else (2.0 if kind == 'all-reduce' else 1.0) * (size - 1) / size
     payload = _payload(instruction) * (size if kind == 'reduce-scatter' else 1)
-    rate = known.network_gb_s if 'slice' in axes else known.link_gb_s
-    return rounds * payload / (rate * 1e9)
+    if 'slice' in axes:
+        return rounds * payload / (known.network_gb_s * 1e9)
+    return rounds * payload / (known.link_gb_s * _share_of_links(instruction, known, mesh) * 1e9)
 
 
 def collectives(step: Step) -> list[dict[str, Any]]:

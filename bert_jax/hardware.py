@@ -16,6 +16,7 @@ class Device:
       link_gb_s: between neighbours, all links together, one direction, 1e9 bytes/s.
       clock_ghz: 1e9 cycles/s; 0 where the compiler gives none.
       per_chip: devices of a chip.
+      torus: dimensions in which chips are wired; 1 where each has all links to every other.
       network_gb_s: its share of its host's network, over which slices are joined, one direction, 1e9 bytes/s; of a chip
         of which Google gives none, a v5p's.
     """
@@ -26,18 +27,19 @@ class Device:
     link_gb_s: float
     clock_ghz: float = 0
     per_chip: int = 1
+    torus: int = 1
     network_gb_s: float = 6.25
 
 
 DEVICES = {  # the longest name that a device's kind begins with
-    'TPU v2': Device(22.5, 8, 0.35, 125, 0.7, 2),
-    'TPU v3': Device(61.5, 16, 0.45, 140, 0.94, 2),
-    'TPU v4': Device(275, 30.75, 1.2, 300, 1.05),
-    'TPU v5 lite': Device(197, 15.75, 0.81, 200, 1.5, network_gb_s=3.125),
-    'TPU v5e': Device(197, 15.75, 0.81, 200, 1.5, network_gb_s=3.125),
-    'TPU v5': Device(459, 95.74, 2.8, 600, 1.75),
-    'TPU v6 lite': Device(918, 31.25, 1.6, 448, 1.75, network_gb_s=12.5),
-    'TPU v6e': Device(918, 31.25, 1.6, 448, 1.75, network_gb_s=12.5),
+    'TPU v2': Device(22.5, 8, 0.35, 125, 0.7, 2, torus=2),
+    'TPU v3': Device(61.5, 16, 0.45, 140, 0.94, 2, torus=2),
+    'TPU v4': Device(275, 30.75, 1.2, 300, 1.05, torus=3),
+    'TPU v5 lite': Device(197, 15.75, 0.81, 200, 1.5, torus=2, network_gb_s=3.125),
+    'TPU v5e': Device(197, 15.75, 0.81, 200, 1.5, torus=2, network_gb_s=3.125),
+    'TPU v5': Device(459, 95.74, 2.8, 600, 1.75, torus=3),
+    'TPU v6 lite': Device(918, 31.25, 1.6, 448, 1.75, torus=2, network_gb_s=12.5),
+    'TPU v6e': Device(918, 31.25, 1.6, 448, 1.75, torus=2, network_gb_s=12.5),
     'NVIDIA A100': Device(312, 80, 2.0, 300),
     'NVIDIA H100': Device(989, 80, 3.35, 450),
     'NVIDIA H100 PCIe': Device(756, 80, 2.0, 300),

@@ -4,10 +4,12 @@ import importlib.util
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import models
+import numpy as np
 import pytest
 from conftest import expect_error, run_module
 from ml_collections import ConfigDict
@@ -123,7 +125,7 @@ def test_collectives_that_fusions_carry_on():
     """One all-gather through three fusions, waited for as far as the work beside it is shorter; one reduce-scatter."""
     known = hardware.DEVICES['TPU v5e']
     size = 6400 * 3200 * 2
-    one = 0.75 * size / (known.link_gb_s * 1e9)
+    one = 0.75 * size / (known.link_gb_s / 2 * 1e9)  # along one of the two sides
     for cycles, least, most in ((10**6, 1, 1), (0, 1.2, 1.8)):
         program = hlo.Program(CARRIED_TEXT.replace('CYCLES', str(cycles)))
         step = check.Step(None, program, None, MESH, 0.0, 0)
@@ -170,7 +172,7 @@ ENTRY %main (x: f32[]) -> (s32[], f32[]) {
 
 def test_what_goes_between_slices():
     """Two sums, one after the other over one network, beside other work; in a loop whose first round was taken out."""
-    known, mesh = hardware.DEVICES['TPU v5e'], jax.sharding.AbstractMesh((2, 4, 1, 1), partition.AXES)
+    known, mesh = hardware.DEVICES['TPU v5e'], Wired(2, 4, 1, 1)
     both = 2 * 1000 * 1000 * 2 / (known.network_gb_s * 1e9)
     for cycles, waited in ((10**9, 0), (0, both), (1_500_000, both - 1e-3)):
         program = hlo.Program(SLICES_TEXT.replace('CYCLES', str(cycles)))
@@ -223,7 +225,17 @@ ENTRY %main (x: f32[8,16], w: f32[16,16]) -> f32[8,16] {
   ROOT %q = f32[8,16] all-gather(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
 }
 """
-MESH = jax.sharding.AbstractMesh((1, 4, 1, 2), partition.AXES)
+class Wired:
+    """A mesh of devices that lie in a grid as wide as the last axis."""
+
+    def __init__(self, *sizes):
+        self.shape, self.size = dict(zip(partition.AXES, sizes)), math.prod(sizes)
+        self.devices = np.empty(self.size, object)
+        self.devices[:] = [types.SimpleNamespace(coords=(*divmod(number, sizes[-1]), 0)) for number in range(self.size)]
+        self.devices = self.devices.reshape(sizes)
+
+
+MESH = Wired(1, 4, 1, 2)
 
 
 @pytest.mark.parametrize('accumulation, expected', [(1, 2), (2, 3)])
@@ -249,6 +261,14 @@ def test_along_which_axes_a_collective_runs(text, axes, size):
     mesh = jax.sharding.AbstractMesh((2, 4, 1, 2), partition.AXES)
     instruction = hlo.Instruction('a', (), 'all-reduce', (), f', {text}')
     assert check._group(instruction, mesh) == (axes, size)
+
+
+@pytest.mark.parametrize('groups, links', [('{{0,2,4,6},{1,3,5,7}}', 1), ('{{0,1},{2,3}}', 1), ('{{0,1,2,3,4,5,6,7}}', 2)])
+def test_the_links_along_the_sides_that_a_group_spans(groups, links):
+    instruction = hlo.Instruction('a', (hlo.Array('f32', (10**9,), False),), 'all-gather', (), f', replica_groups={groups}')
+    known, size = hardware.DEVICES['TPU v5e'], groups.partition('}')[0].count(',') + 1
+    seconds = check._collective_seconds(instruction, 'all-gather', known, MESH)
+    assert seconds == pytest.approx(4e9 * (size - 1) / size / (known.link_gb_s * 1e9 * links / 2))
 
 
 def test_names_of_slices():
