@@ -21,13 +21,10 @@ def main():
     for question in (question for file in args.files for question in spans.read(file) if question.answers):
         if question.passage not in offsets:
             offsets[question.passage] = tok.encode_with_offsets(question.passage)[1]
-
-        def recovered(answers, question=question):
-            first, last = spans.token_span(dataclasses.replace(question, answers=answers), offsets[question.passage])
-            return question.passage[offsets[question.passage][first][0]:offsets[question.passage][last][1]]
-
-        trained = recovered(question.answers)
-        wrong = [(text, found) for text, start in question.answers if (found := recovered(((text, start),))) != text.strip()]
+        places = offsets[question.passage]
+        trained = recovered(question, places)
+        each = [(answer[0], recovered(dataclasses.replace(question, answers=(answer,)), places)) for answer in question.answers]
+        wrong = [(text, found) for text, found in each if found != text.strip()]
         asked += 1
         untrained += trained not in [text.strip() for text, _ in question.answers]
         cut += bool(wrong)
@@ -35,6 +32,12 @@ def main():
             print(f'{question.where}: {found!r} for {text!r}, which begins or ends inside a word; trained with {trained!r}')
     print(f'{asked:,} questions with an answer, {asked - untrained:,} recovered ({100 - 100 * untrained / asked:.2f} %); '
           f'of {cut:,} ({100 * cut / asked:.2f} %) some annotator\'s answer begins or ends inside a word.')
+
+
+def recovered(question, places):
+    """The passage from the first to the last token of the answer."""
+    first, last = spans.token_span(question, places)
+    return question.passage[places[first][0]:places[last][1]]
 
 
 if __name__ == '__main__':

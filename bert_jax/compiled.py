@@ -39,11 +39,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
       jax.errors.JaxRuntimeError: more memory than there is.
     """
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
-    def shapes(rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in examples.empty(
-            rows, length, config.mask_rate, config.packed).items()}
-
-    batch = shapes(batch_size)
+    batch = _shapes(config, batch_size, length)
     state = train.state_shapes(model, tx, examples.empty(1, length, config.mask_rate, config.packed))
     mesh = partition.make_mesh(config.mesh, state, devices, config.accumulation)
     examples.check_batch_size(batch_size, partition.data_devices(mesh), config.accumulation)
@@ -52,8 +48,14 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
     start = time.perf_counter()
     compiled = step.lower(state, batch, hyper).compile()
     seconds = time.perf_counter() - start
-    kept = _kept(model, state.params, shapes(batch_size // config.accumulation))
+    kept = _kept(model, state.params, _shapes(config, batch_size // config.accumulation, length))
     return Step(compiled, hlo.Program(compiled.as_text()), state, mesh, seconds, kept)
+
+
+def _shapes(config: ConfigDict, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of a batch."""
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in examples.empty(
+        rows, length, config.mask_rate, config.packed).items()}
 
 
 def _kept(model: models.Model, params: Any, batch: Any) -> int:

@@ -105,28 +105,22 @@ def run_all(config: ConfigDict, path: str, runs: list[Run], make_job: Callable, 
     if not results:
         raise UserError(f'{path}: every run failed. {next(iter(failed.values()))}')
     chosen = max(results, key=lambda name: results[name][score])
-    groups = _groups(runs, results)
+    groups: dict[str, list[str]] = {}
+    for name, group, _ in runs:
+        if name in results:
+            groups.setdefault(group, []).append(name)
     summary = {'score': score, 'chosen': chosen, 'failed': failed, 'runs': results, 'groups': {
-        group: {'runs': list(found), 'best': max(found, key=lambda name: found[name][score])} | {
-            word: of([one[score] for one in found.values()]) for word, of in SUMMARY.items()}
-        for group, found in groups.items()}}
+        group: {'runs': names, 'best': max(names, key=lambda name: results[name][score])} | {
+            word: of([results[name][score] for name in names]) for word, of in SUMMARY.items()}
+        for group, names in groups.items()}}
     paths.write_json(folder / 'sweep.json', summary)
-    paths.write_whole(folder / 'sweep.tsv', _table(summary, groups))
+    paths.write_whole(folder / 'sweep.tsv', _table(summary))
     plots.sweep(folder, [(name, folder / 'runs' / name) for name in results], score)
     _print_table(path, summary)
     return results[chosen]
 
 
-def _groups(runs: list[Run], results: dict[str, dict[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Group -> name -> scores, of the runs that have some."""
-    groups: dict[str, dict[str, dict[str, float]]] = {}
-    for run in runs:
-        if run.name in results:
-            groups.setdefault(run.group, {})[run.name] = results[run.name]
-    return groups
-
-
-def _table(summary: dict[str, Any], groups: dict[str, dict[str, dict[str, float]]]) -> str:
+def _table(summary: dict[str, Any]) -> str:
     """A line a run, the chosen one marked with the score that chose it; then of each group every score's spread."""
     results, chosen = summary['runs'], summary['chosen']
     names = [name for name, value in results[chosen].items()
@@ -135,9 +129,9 @@ def _table(summary: dict[str, Any], groups: dict[str, dict[str, dict[str, float]
     for run, found in results.items():
         lines.append([run, summary['score'] if run == chosen else '', *(f'{found[name]:.4f}' for name in names)])
     lines += [[run, 'failed', *[''] * len(names)] for run in summary['failed']]
-    for group, members in groups.items():
+    for group, one in summary['groups'].items():
         for word, of in SUMMARY.items():
-            values = (of([found[name] for found in members.values()]) for name in names)
+            values = (of([results[run][name] for run in one['runs']]) for name in names)
             lines.append([f'{group}: {word}', '', *(f'{value:.4f}' for value in values)])
     return '\n'.join(map('\t'.join, lines)) + '\n'
 

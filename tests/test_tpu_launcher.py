@@ -177,7 +177,7 @@ def test_a_run_keeps_its_code_and_gets_over_a_refused_connection(cloud):
         new.touch()
         _, stderr = watching.communicate(timeout=120)
     finally:
-        new.unlink()
+        new.unlink(missing_ok=True)
     assert watching.returncode == 0 and stderr.count('trying again') == 2 and 'the run has finished' in stderr, stderr
     assert not list(cloud.root.glob('worker*/bert_jax/bert_jax/made_meanwhile.txt'))
 
