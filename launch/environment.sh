@@ -9,7 +9,7 @@ environment() {
       python=$(new_python) || exit 2
       "$python" -m venv --clear .venv
     fi
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" -e . 2> >(grep -v '^WARNING: Location' >&2)
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r "$requirements" -e . 2> >(grep -v '^WARNING: Location' >&2)
     touch "$stamp"
   fi
   PATH=$PWD/.venv/bin:$PATH

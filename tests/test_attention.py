@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import expect_error, run_module
+from conftest import call_module, expect_error
 from models import L, batch, build, random_params
 
 from bert_jax.model import encoders, layers
@@ -73,9 +73,9 @@ def test_auto_takes_cudnn_where_it_can(attention, dropout, dtype, backend, chose
 
 
 def test_what_cudnn_lacks_is_said(store_path, tmp_path):
-    done = run_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / 'w',
+    done = call_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / 'w',
                       '--config.model.encoder.attention=cudnn')
     expect_error(done, 'an NVIDIA GPU', 'bfloat16', 'attention_dropout_rate=0', 'auto')
-    done = run_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / 'w',
+    done = call_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / 'w',
                       '--config.model.encoder.attention=flash')
     expect_error(done, "'flash'", 'cudnn')

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from conftest import ROOT, expect_error, run_module
+from conftest import ROOT, call_module, expect_error, run_module
 
 from bert_jax import cli, convert, pretrained, tf_bundle
 from bert_jax.cli import UserError
@@ -225,7 +225,7 @@ def test_what_has_no_counterpart_is_named(tmp_path, capfd):
 
 def test_our_own_model_goes_out_and_comes_back(pretrained, tmp_path):
     """From a workdir that was trained here: scores and config in the card, the vocabulary's padding nowhere."""
-    done = run_module('convert', '--from', pretrained, '--to', tmp_path / 'hf', '--format', 'hf', '--name', 'me/topics',
+    done = call_module('convert', '--from', pretrained, '--to', tmp_path / 'hf', '--format', 'hf', '--name', 'me/topics',
                       '--license', 'apache-2.0')
     assert done.returncode == 0, done.stderr
     assert f'hf upload me/topics {tmp_path / "hf"}' in done.stdout
@@ -243,7 +243,7 @@ def test_our_own_model_goes_out_and_comes_back(pretrained, tmp_path):
     ours = bert_jax.load(str(pretrained))('the [MASK] statement', top_k=3)['masks'][0]
     assert [g['token_str'] for g in guess] == [g['token'] for g in ours]
     np.testing.assert_allclose([g['score'] for g in guess], [g['score'] for g in ours], atol=1e-5)
-    done = run_module('convert', '--from', tmp_path / 'hf', '--to', tmp_path / 'work', '--format', 'workdir')
+    done = call_module('convert', '--from', tmp_path / 'hf', '--to', tmp_path / 'work', '--format', 'workdir')
     assert done.returncode == 0, done.stderr
     a, b = (sorted((p.name, p.read_bytes()) for p in (folder / 'tokenizer').iterdir()) for folder in (pretrained, tmp_path / 'work'))
     assert a == b
@@ -390,10 +390,10 @@ def test_bad_tf1_folders(tmp_path, spoil, words):
 def test_bad_targets(hf, tmp_path):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'mine').write_text('precious')
-    expect_error(run_module('convert', '--from', hf, '--to', tmp_path / 'full', '--format', 'hf'), 'not an empty folder')
+    expect_error(call_module('convert', '--from', hf, '--to', tmp_path / 'full', '--format', 'hf'), 'not an empty folder')
     assert [p.name for p in (tmp_path / 'full').iterdir()] == ['mine']
-    expect_error(run_module('convert', '--from', tmp_path / 'nowhere here', '--to', tmp_path / 'x', '--format', 'hf'), 'no such folder')
-    expect_error(run_module('convert', '--from', ROOT / 'docs', '--to', tmp_path / 'x', '--format', 'hf'), 'no model there', 'workdir')
+    expect_error(call_module('convert', '--from', tmp_path / 'nowhere here', '--to', tmp_path / 'x', '--format', 'hf'), 'no such folder')
+    expect_error(call_module('convert', '--from', ROOT / 'docs', '--to', tmp_path / 'x', '--format', 'hf'), 'no model there', 'workdir')
 
 
 @pytest.mark.parametrize('form', ['hf', 'tf1', 'workdir'])
@@ -420,10 +420,10 @@ def test_training_goes_on_from_a_hugging_face_folder(store_path, vocab, tmp_path
 
     args = ('pretrain', '--config', 'configs/pretrain.py:tiny,no_nsp', f'--config.store={store_path}',
             f'--config.init_from={tmp_path / "hf"}', *TINY, '--config.phases=((2,64,8),)')
-    done = run_module(*args, '--workdir', tmp_path / 'work')
+    done = call_module(*args, '--workdir', tmp_path / 'work')
     assert done.returncode == 0, done.stderr
     assert 'left behind: pooler, targets_nsp' in done.stdout
-    expect_error(run_module(*args, '--config.model.encoder.num_layers=3', '--workdir', tmp_path / 'bad'),
+    expect_error(call_module(*args, '--config.model.encoder.num_layers=3', '--workdir', tmp_path / 'bad'),
                  'another architecture', 'num_layers is 2 there, 3')
     source = pretrained.load(str(tmp_path / 'hf'))
     for override, words in {
@@ -436,7 +436,7 @@ def test_training_goes_on_from_a_hugging_face_folder(store_path, vocab, tmp_path
     shutil.copytree(tmp_path / 'hf', tmp_path / 'other')
     pieces = (vocab / 'vocab.txt').read_text().split('\n')
     (tmp_path / 'other' / 'vocab.txt').write_text('\n'.join([*pieces[:-3], pieces[-2], pieces[-3], '']))
-    expect_error(run_module(*args[:4], f'--config.init_from={tmp_path / "other"}', *args[5:], '--workdir', tmp_path / 'bad'),
+    expect_error(call_module(*args[:4], f'--config.init_from={tmp_path / "other"}', *args[5:], '--workdir', tmp_path / 'bad'),
                  'its tokenizer', 'is not the one of the data')
 
 
@@ -445,14 +445,14 @@ def test_fine_tuning_and_prediction_start_from_tf1(tmp_path):
     rows = [f'{"w1 w2" if i % 2 else "w3 w4"} w{i % 7 + 5},{"ab"[i % 2]}' for i in range(48)]
     (tmp_path / 'rows.csv').write_text('text,label\n' + '\n'.join(rows) + '\n')
     source = tf1_folder(tmp_path / 'tf1', original())
-    done = run_module('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={source}',
+    done = call_module('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={source}',
                       f'--config.task.train_file={tmp_path / "rows.csv"}', '--config.max_length=16', '--config.num_lengths=1',
                       '--config.batch_size=8', '--config.epochs=2', '--workdir', tmp_path / 'tuned')
     assert done.returncode == 0, done.stderr
     convert.convert(str(tmp_path / 'tuned'), str(tmp_path / 'out'), 'hf')
     pipe = transformers.pipeline('text-classification', str(tmp_path / 'out'), top_k=None)
     theirs = {row['label']: row['score'] for row in pipe('w1 w2 w9')[0]}
-    done = run_module('predict', '--init_from', tmp_path / 'out', '--json', 'w1 w2 w9')
+    done = call_module('predict', '--init_from', tmp_path / 'out', '--json', 'w1 w2 w9')
     ours = json.loads(done.stdout)['scores']
     assert ours.keys() == theirs.keys() == {'a', 'b'}
     np.testing.assert_allclose([ours[k] for k in 'ab'], [theirs[k] for k in 'ab'], atol=1e-5)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, run_module
+from conftest import ROOT, TINY, call_module
 
 ENTRY_POINTS = ('vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features', 'data.glue', 'compile_check')
 
@@ -32,7 +32,7 @@ def test_a_new_target_from_the_data_side_to_the_config(store_path, tmp_path):
 
 @pytest.mark.parametrize('name', ENTRY_POINTS)
 def test_help_explains_itself_with_an_example(name):
-    done = run_module(name, '--help')
+    done = call_module(name, '--help')
     assert done.returncode == 0
     assert f'python -m bert_jax.{name}' in done.stdout.partition('\n\n')[2]
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import peers
 import pytest
-from conftest import expect_error, run_module
+from conftest import call_module, expect_error
 from jax import export
 
 import bert_jax
@@ -34,7 +34,7 @@ def classifier(tmp_path_factory):
 def test_a_classifier_equals_predict(classifier, tmp_path_factory, texts):
     output = classifier.parent / 'exported'
     if not output.exists():
-        done = run_module('export', '--from', classifier, '--lengths', '16,8,40', '--output', output)
+        done = call_module('export', '--from', classifier, '--lengths', '16,8,40', '--output', output)
         assert done.returncode == 0, done.stderr
         assert 'cpu, cuda, tpu' in done.stdout
     ours = bert_jax.load(str(classifier))(texts if len(texts) == 2 else texts[0])['scores']
@@ -50,7 +50,7 @@ def test_a_masked_language_model_equals_predict(kind, vocab, sentencepiece_vocab
     from bert_jax.data import tokenizer
 
     tokenizer.load({'wordpiece': vocab, 'sentencepiece': sentencepiece_vocab}[kind]).save(tmp_path / 'hf')
-    done = run_module('export', '--from', tmp_path / 'hf', '--lengths', '24', '--output', tmp_path / 'out')
+    done = call_module('export', '--from', tmp_path / 'hf', '--lengths', '24', '--output', tmp_path / 'out')
     assert done.returncode == 0, done.stderr
     text = 'The [MASK] statement imports a [MASK].'
     ours = bert_jax.load(str(tmp_path / 'hf'))(text)['masks']
@@ -60,7 +60,7 @@ def test_a_masked_language_model_equals_predict(kind, vocab, sentencepiece_vocab
 
 
 def test_what_is_in_the_folder(classifier, tmp_path):
-    done = run_module('export', '--from', classifier, '--lengths', '8', '--output', tmp_path / 'out')
+    done = call_module('export', '--from', classifier, '--lengths', '8', '--output', tmp_path / 'out')
     assert done.returncode == 0, done.stderr
     program = export.deserialize(bytearray((tmp_path / 'out' / 'program_8.bin').read_bytes()))
     assert program.platforms == ('cpu', 'cuda', 'tpu')
@@ -73,11 +73,11 @@ def test_what_is_in_the_folder(classifier, tmp_path):
 
 
 def test_bad_input(classifier, tmp_path):
-    bad = lambda *args: run_module('export', '--from', classifier, '--output', tmp_path / 'out', *args)  # noqa: E731
+    bad = lambda *args: call_module('export', '--from', classifier, '--output', tmp_path / 'out', *args)  # noqa: E731
     expect_error(bad('--lengths', '8,sixteen'), 'whole numbers')
     expect_error(bad('--lengths', '8,64'), 'from 3 to 40')
     encoder = peers.save(peers.model('BertModel'), tmp_path / 'encoder')
-    expect_error(run_module('export', '--from', encoder, '--output', tmp_path / 'out'), 'none', 'classification')
+    expect_error(call_module('export', '--from', encoder, '--output', tmp_path / 'out'), 'none', 'classification')
     assert not (tmp_path / 'out').exists()
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'mine').write_text('precious')

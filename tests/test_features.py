@@ -10,7 +10,7 @@ import peers
 import pytest
 import safetensors.numpy
 import torch
-from conftest import expect_error, run_module
+from conftest import call_module, expect_error
 from test_tasks import config, make, model  # noqa: F401 - a fixture
 
 import bert_jax
@@ -45,7 +45,7 @@ def hidden_states(folder, text):
 @pytest.mark.parametrize('form', ['safetensors', 'hdf5', 'jsonl'])
 def test_vectors_equal_hugging_face(folder, tmp_path, form):
     (tmp_path / 'in.txt').write_text('\n'.join(TEXTS) + '\n')
-    done = run_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', '--format', form,
+    done = call_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', '--format', form,
                       '--layers', 'embeddings,2,-1,sum4,concat4', '--part_size', '7', '--batch_size', '4')
     assert done.returncode == 0, done.stderr
     parts = sorted(p for p in (tmp_path / 'out').iterdir() if p.name.startswith('part-'))
@@ -71,26 +71,26 @@ def test_pooled_and_resumed(folder, tmp_path):
     (tmp_path / 'in.txt').write_text('\n'.join(TEXTS) + '\n')
     for pool, of in (('cls', lambda x: x[0]), ('mean', lambda x: x.mean(0))):
         args = ('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / pool, '--pool', pool, '--part_size', '5')
-        assert run_module(*args).returncode == 0
+        assert call_module(*args).returncode == 0
         states, _ = hidden_states(folder, TEXTS[3])
         found = safetensors.numpy.load_file(tmp_path / pool / 'part-00000.safetensors')['3/-1']
         np.testing.assert_allclose(found, of(states[-1]), atol=5e-5)
     second = tmp_path / 'mean' / 'part-00001.safetensors'
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / 'mean').iterdir()}
     second.unlink()
-    assert run_module(*args).returncode == 0
+    assert call_module(*args).returncode == 0
     after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / 'mean').iterdir()}
     assert {p for p in before if before[p] != after[p]} == {second} and before[second][0] == after[second][0]
-    expect_error(run_module(*args, '--layers', '2'), 'other settings (layers)')
+    expect_error(call_module(*args, '--layers', '2'), 'other settings (layers)')
     (tmp_path / 'in.txt').write_text('\n'.join(['w2 w1', *TEXTS[1:]]) + '\n')
-    expect_error(run_module(*args), 'other settings (sha256)')
+    expect_error(call_module(*args), 'other settings (sha256)')
 
 
 @pytest.mark.parametrize('args, words', [
     (('--layers', '6'), ('--layers 6', '1 to 5', 'concat4')), (('--max_length', '41'), ('8 to 40',)), (('--max_length', '2'), ('8 to 40',))])
 def test_bad_input(folder, tmp_path, args, words):
     (tmp_path / 'in.txt').write_text('w1\n')
-    expect_error(run_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', *args), *words)
+    expect_error(call_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', *args), *words)
     assert not (tmp_path / 'out').exists()
 
 
@@ -98,8 +98,8 @@ def test_the_last_four_of_three_layers_are_refused(tmp_path):
     small = peers.save(peers.model(num_hidden_layers=3), tmp_path / 'hf')
     (tmp_path / 'in.txt').write_text('w1\n')
     args = ('features', '--from', small, '--input', tmp_path / 'in.txt')
-    expect_error(run_module(*args, '--output', tmp_path / 'out', '--layers', 'sum4'), '3 layers')
-    expect_error(run_module(*args, '--output', tmp_path / 'in.txt'), 'not an empty folder')
+    expect_error(call_module(*args, '--output', tmp_path / 'out', '--layers', 'sum4'), '3 layers')
+    expect_error(call_module(*args, '--output', tmp_path / 'in.txt'), 'not an empty folder')
 
 
 @pytest.mark.parametrize('features', ['second_to_last', 'concat_last4', 'sum_all'])  # a layer, a concatenation, a learned sum

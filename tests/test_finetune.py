@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import sklearn.metrics
-from conftest import expect_error, run_module
+from conftest import call_module, expect_error, run_module
 
 import bert_jax
 from bert_jax import cli, convert, finetune, pretrained
@@ -79,7 +79,7 @@ def test_learns_what_there_is_to_learn_and_writes_it_down(tuned):
 def test_a_finished_run_is_not_repeated(tuned):
     work, args = tuned
     before = {p: p.stat().st_mtime for p in work.rglob('checkpoints/**/*')}
-    result = run_module('finetune', *args, '--workdir', work)
+    result = call_module('finetune', *args, '--workdir', work)
     assert result.returncode == 0 and 'resuming at step 375 of 375' in result.stdout, result.stdout + result.stderr
     assert before == {p: p.stat().st_mtime for p in work.rglob('checkpoints/**/*')}
 
@@ -107,7 +107,7 @@ def test_predicting_classes_from_arguments_files_and_python(tuned, tmp_path):
     by_pipe = run_module('predict', '--workdir', work, '--input', '-', input=texts[0] + '\n')
     assert by_pipe.stdout.split('\t')[0] == results[0]['label']
     (tmp_path / 'in.jsonl').write_text(json.dumps({'text': texts[1], 'text_pair': texts[2]}) + '\n')
-    by_json = run_module('predict', '--workdir', work, '--input', tmp_path / 'in.jsonl', '--json')
+    by_json = call_module('predict', '--workdir', work, '--input', tmp_path / 'in.jsonl', '--json')
     assert json.loads(by_json.stdout)['text_pair'] == texts[2]
     assert model([]) == []
 
@@ -131,15 +131,15 @@ def test_filling_masks(pretrained, tmp_path):
     assert scores == sorted(scores, reverse=True)
     many = model(['the [MASK] statement and the [MASK]', 'a much longer text ' * 9 + '[MASK].'], top_k=3)
     assert [g['token'] for g in many[0]['masks'][0]] == [g['token'] for g in one['masks'][0]]
-    result = run_module('predict', '--workdir', pretrained, 'the [MASK] statement', '--top_k', '2')
+    result = call_module('predict', '--workdir', pretrained, 'the [MASK] statement', '--top_k', '2')
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
-    expect_error(run_module('predict', '--workdir', pretrained, 'no mask'), 'no [MASK]')
+    expect_error(call_module('predict', '--workdir', pretrained, 'no mask'), 'no [MASK]')
     (tmp_path / 'in.txt').write_text('a [MASK]\n\nno mask\n')
-    expect_error(run_module('predict', '--workdir', pretrained, '--input', tmp_path / 'in.txt'), 'in.txt:3: no [MASK]')
-    expect_error(run_module('predict', '--workdir', pretrained, 'word ' * 200 + '[MASK]'), 'lies beyond the 128 tokens')
-    expect_error(run_module('predict', '--workdir', pretrained), 'No text')
-    expect_error(run_module('predict', '--workdir', tmp_path, 'x'), 'no model there', 'expected a workdir')
-    expect_error(run_module('predict', '--workdir', pretrained, '--input', tmp_path / 'none.txt'), 'none.txt')
+    expect_error(call_module('predict', '--workdir', pretrained, '--input', tmp_path / 'in.txt'), 'in.txt:3: no [MASK]')
+    expect_error(call_module('predict', '--workdir', pretrained, 'word ' * 200 + '[MASK]'), 'lies beyond the 128 tokens')
+    expect_error(call_module('predict', '--workdir', pretrained), 'No text')
+    expect_error(call_module('predict', '--workdir', tmp_path, 'x'), 'no model there', 'expected a workdir')
+    expect_error(call_module('predict', '--workdir', pretrained, '--input', tmp_path / 'none.txt'), 'none.txt')
 
 
 @pytest.mark.parametrize('suffix', ['.csv', '.tsv', '.jsonl'])

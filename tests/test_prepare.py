@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, expect_error, run_module, write_corpus
+from conftest import ROOT, call_module, expect_error, run_module, write_corpus
 
 from bert_jax import prepare
 from bert_jax.cli import UserError
@@ -80,7 +80,7 @@ def test_killed_and_started_again_it_goes_on(vocab, tmp_path):
     assert result.returncode == 0, result.stderr
     assert 'going on after 8 blocks' in result.stdout
     assert contents(output) == contents(tmp_path / 'whole')
-    assert 'already complete' in run_module('prepare', *args, '--output', output).stdout
+    assert 'already complete' in call_module('prepare', *args, '--output', output).stdout
 
 
 @pytest.mark.parametrize('stage', range(1, len(stores.FILES) + 1))
@@ -142,7 +142,7 @@ def test_a_store_of_another_version_or_tokenizer_is_refused(store_path, tmp_path
 
 def test_bad_input_is_one_line_and_leaves_nothing(corpus, vocab, tmp_path):
     output = tmp_path / 'store'
-    run = lambda *args: run_module('prepare', '--tokenizer', vocab, '--output', output, '--input', *args)  # noqa: E731
+    run = lambda *args: call_module('prepare', '--tokenizer', vocab, '--output', output, '--input', *args)  # noqa: E731
     expect_error(run(tmp_path / 'missing.txt'), 'missing.txt', 'no such file')
     (tmp_path / 'empty.txt').write_text('\n \n')
     expect_error(run(tmp_path / 'empty.txt'), 'empty.txt', 'no text')
@@ -152,8 +152,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus, vocab, tmp_path):
     assert not output.exists()
     assert run(tmp_path / 'bad.txt', '--errors', 'replace').returncode == 0
     expect_error(run(corpus), str(output), 'another inputs')
-    expect_error(run_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', vocab), 'not empty')
-    expect_error(run_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', output, '--held_out', '1.5'),
+    expect_error(call_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', vocab), 'not empty')
+    expect_error(call_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', output, '--held_out', '1.5'),
                  '--held_out 1.5')
 
 
@@ -175,7 +175,7 @@ def test_bad_utf8_late_in_the_input_goes_on_with_errors_replace(corpus, vocab, t
 @pytest.mark.parametrize('kind', ['wordpiece', 'sentencepiece'])
 def test_bad_input_of_a_vocabulary_is_one_line_and_leaves_nothing(kind, corpus, tmp_path):
     output, bad = tmp_path / 'vocab', tmp_path / 'bad.txt'
-    run = lambda *args: run_module('vocab', '--kind', kind, '--output', output, '--input', *args)  # noqa: E731
+    run = lambda *args: call_module('vocab', '--kind', kind, '--output', output, '--input', *args)  # noqa: E731
     bad.write_bytes(b'fine\nbad \xff\n')
     expect_error(run(corpus, bad, '--vocab_size', '200'), 'bad.txt:2', 'UTF-8', '--errors replace')
     (tmp_path / 'empty.txt').write_text('\n \n')

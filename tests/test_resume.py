@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, expect_error, run_module
+from conftest import ROOT, TINY, call_module, expect_error, run_module
 
 from bert_jax import checkpoint, cli, prepare, pretrain, workdir
 from bert_jax.data import corpora, store
@@ -81,7 +81,7 @@ def test_killed_in_each_phase_and_during_a_save(store_path, pretrained, tmp_path
     assert result.returncode == 0, result.stderr
     assert 'resuming at step 8' in result.stdout
     assert_same(work, pretrained)
-    again = run_module('pretrain', *args)                                      # a finished run is left as it is
+    again = call_module('pretrain', *args)                                      # a finished run is left as it is
     assert again.returncode == 0 and 'resuming at step 10 of 10' in again.stdout
     assert_same(work, pretrained)
 
@@ -115,14 +115,14 @@ def test_the_workdir_tells_the_whole_story(pretrained):
 
 
 def test_another_config_in_the_same_workdir_is_refused_and_the_keys_named(store_path, pretrained):
-    result = run_module('pretrain', *command(store_path, pretrained, '--config.seed=7', '--config.schedule.warmup_share=0.3'))
+    result = call_module('pretrain', *command(store_path, pretrained, '--config.seed=7', '--config.schedule.warmup_share=0.3'))
     expect_error(result, 'seed (0 there, 7 now)', 'schedule.warmup_share (0.2 there, 0.3 now)')
 
 
 def test_evaluation_does_not_depend_on_the_seed(store_path, pretrained, tmp_path):
     """Held-out masks are the same in every run: so is the unigram model's score on them."""
     work = tmp_path / 'other'
-    result = run_module('pretrain', *command(store_path, work, '--config.seed=1', '--config.phases=((2,64,8),(2,96,8))'))
+    result = call_module('pretrain', *command(store_path, work, '--config.seed=1', '--config.phases=((2,64,8),(2,96,8))'))
     assert result.returncode == 0, result.stderr
     one, other = (json.loads((w / 'results.json').read_text()) for w in (work, pretrained))
     assert one['held_out/mlm/unigram_loss'] == other['held_out/mlm/unigram_loss']
@@ -148,7 +148,7 @@ def test_continued_pretraining_on_other_text_with_or_without_nsp(vocab, store_pa
 def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(store_path, tmp_path):
     work = tmp_path / 'nan'
     args = command(store_path, work, '--config.schedule.peak=1e30', '--config.optimizer.clip_norm=0.0')
-    result = run_module('pretrain', *args)
+    result = call_module('pretrain', *args)
     expect_error(result, 'not finite at step 3 (batch number 2)', 'the last good checkpoint is step 2')
     steps = checkpoint.Checkpoints(work / 'checkpoints').steps()
     assert steps == [2]
@@ -192,7 +192,7 @@ def test_what_cannot_run_is_refused(store_path, tmp_path, override, words):
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(store_path, tmp_path):
-    expect_error(run_module('pretrain', *command(store_path, tmp_path / 'work', '--config.sed=1')),
+    expect_error(call_module('pretrain', *command(store_path, tmp_path / 'work', '--config.sed=1')),
                  "Unknown config key 'sed'", 'seed')
-    expect_error(run_module('pretrain', '--config', 'configs/pretrain.py:huge', '--workdir', tmp_path / 'work'), 'huge', 'large')
-    expect_error(run_module('pretrain', '--config', 'configs/none.py', '--workdir', tmp_path / 'work'), 'configs/none.py')
+    expect_error(call_module('pretrain', '--config', 'configs/pretrain.py:huge', '--workdir', tmp_path / 'work'), 'huge', 'large')
+    expect_error(call_module('pretrain', '--config', 'configs/none.py', '--workdir', tmp_path / 'work'), 'configs/none.py')

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import peers
 import pytest
-from conftest import expect_error, run_module
+from conftest import call_module, expect_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -657,8 +657,8 @@ def test_predict_says_what_it_cuts_and_leaves_out(model, tmp_path, capsys, monke
 
 def test_predict_says_what_it_wants(model, tmp_path):
     peer = peers.save(peers.model('BertForQuestionAnswering'), tmp_path / 'qa')
-    expect_error(run_module('predict', '--init_from', peer, 'w1 alone'), 'is not what a model for span takes')
-    done = run_module('predict', '--init_from', peer, 'w1?\tw2 w3 w4', '--json')
+    expect_error(call_module('predict', '--init_from', peer, 'w1 alone'), 'is not what a model for span takes')
+    done = call_module('predict', '--init_from', peer, 'w1?\tw2 w3 w4', '--json')
     found = json.loads(done.stdout)
     assert found['text'] == 'w2 w3 w4'[found['begin']:found['end']]
 
@@ -669,11 +669,11 @@ def test_predictions_for_glues_server(model, tmp_path):
         (tmp_path / name).mkdir()
         c = config(name, model, make(name, tmp_path / name), 'epochs=1.0')
         finetune.finetune(c, str(tmp_path / f'run_{name}'))
-    done = run_module('data.glue', '--runs', tmp_path / 'run_sst2', tmp_path / 'run_stsb', '--output', tmp_path / 'all.zip')
+    done = call_module('data.glue', '--runs', tmp_path / 'run_sst2', tmp_path / 'run_stsb', '--output', tmp_path / 'all.zip')
     assert done.returncode == 0 and 'missing: AX.tsv, CoLA.tsv' in done.stdout, done.stderr
     with zipfile.ZipFile(tmp_path / 'all.zip') as archive:
         assert archive.namelist() == ['SST-2.tsv', 'STS-B.tsv']
         lines = archive.read('STS-B.tsv').decode().splitlines()
     assert lines[0] == 'index\tprediction' and len(lines) == 17 and all(0 <= float(line.split('\t')[1]) <= 5 for line in lines[1:])
-    assert run_module('data.glue', '--runs', tmp_path / 'run_stsb', '--output', tmp_path / 'new' / 'all.zip').returncode == 0
-    expect_error(run_module('data.glue', '--runs', model, '--output', tmp_path / 'x.zip'), 'no submission')
+    assert call_module('data.glue', '--runs', tmp_path / 'run_stsb', '--output', tmp_path / 'new' / 'all.zip').returncode == 0
+    expect_error(call_module('data.glue', '--runs', model, '--output', tmp_path / 'x.zip'), 'no submission')
