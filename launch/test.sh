@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 . launch/environment.sh
 environment requirements-test.txt
 ruff check .
-exec python -m pytest -n 3 --dist worksteal "$@"
+exec python -m pytest -n 2 --dist worksteal "$@"

@@ -52,7 +52,7 @@ def run(name, *args):
 
 
 def test_a_run_on_a_bucket(bucket, store_path, tmp_path):
-    arguments = ['--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', *TINY, '--config.save_every=8',
+    arguments = ['--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', *TINY, '--config.phases=((10,64,8),)', '--config.save_every=8',
                  '--workdir', f'{bucket}/run']
     first = run('pretrain', *arguments)
     assert first.returncode == 0, first.stderr

@@ -34,7 +34,7 @@ TWO = {package for package, _ in collections.Counter(package for _, package in s
 def run(corpus, sentencepiece_vocab, tmp_path_factory):
     folder = tmp_path_factory.mktemp('quickstart')
     prepare.prepare([str(corpus)], str(sentencepiece_vocab), str(folder / 'store'), corpora.Reader(), 0.15)
-    config = cli.load_config('configs/quickstart.py', [*TINY, f'--config.store={folder}/store'])
+    config = cli.load_config('configs/quickstart.py', [*TINY, '--config.phases=((10,64,8),)', f'--config.store={folder}/store'])
     pretrain.pretrain(config, str(folder / 'pretrain'))
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(stdlib, 'CLASSES', 2)

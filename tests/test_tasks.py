@@ -404,7 +404,8 @@ def test_no_answer_is_said_above_the_threshold_that_is_best_on_dev():
     rows = [question('w1', ('w1', 0), id='a'), question('w2', ('w2', 0), id='b'), question('w3', id='c'), question('w4', id='d')]
     found = [{'null_odds': odds, 'nbest': [{'text': row.passage}]} for row, odds in zip(rows, (-1.0, 0.5, 2.0, 3.0))]
     result = spans.score(task, rows, {}, found)
-    assert result['null_threshold'] == 0.5 and result['f1'] == 100 == result['best_f1']
+    assert result['null_threshold'] == 1.25 and result['f1'] == 100 == result['best_f1']  # between it and the next above
+    assert result['best_f1_threshold'] == 0.5
     rows = [question('w3', id='c'), question('w4', id='d')]
     result = spans.score(task, rows, {}, found[:2])
     assert result['null_threshold'] < -1 and result['f1'] == 100
