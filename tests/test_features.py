@@ -102,7 +102,7 @@ def test_the_last_four_of_three_layers_are_refused(tmp_path):
     expect_error(call_module(*args, '--output', tmp_path / 'in.txt'), 'not an empty folder')
 
 
-@pytest.mark.parametrize('features', ['second_to_last', 'concat_last4', 'sum_all'])  # a layer, a concatenation, a learned sum
+@pytest.mark.parametrize('features', ['concat_last4', 'sum_all'])  # a concatenation, a learned sum
 def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, folder, tmp_path):
     c = config('conll2003', folder, make('conll2003', tmp_path), 'epochs=30.0', 'evals_per_epoch=1', f'task.features={features}',
                'task.lstm_size=24', 'task.document_context=False', 'schedule.peak=1e-2')

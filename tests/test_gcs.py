@@ -7,7 +7,7 @@ import socket
 import threading
 
 import pytest
-from conftest import TINY, run_module
+from conftest import TINY, call_module
 from gcp_storage_emulator.handlers import objects
 
 from bert_jax import paths
@@ -46,15 +46,13 @@ def bucket():
     server.stop()
 
 
-def run(name, *args):
-    return run_module(name, *args, env={'STORAGE_EMULATOR_HOST': URL, 'TENSORSTORE_GCS_HTTP_URL': URL,
-                                        'TENSORSTORE_GCS_HTTP_VERSION': '1.1', 'NO_GCE_CHECK': 'true'})
-
-
-def test_a_run_on_a_bucket(bucket, store_path, tmp_path):
+def test_a_run_on_a_bucket(bucket, store_path, tmp_path, monkeypatch):
+    for name, value in {'STORAGE_EMULATOR_HOST': URL, 'TENSORSTORE_GCS_HTTP_URL': URL, 'TENSORSTORE_GCS_HTTP_VERSION': '1.1',
+                        'NO_GCE_CHECK': 'true'}.items():
+        monkeypatch.setenv(name, value)
     arguments = ['--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', *TINY, '--config.phases=((10,64,8),)', '--config.save_every=8',
                  '--workdir', f'{bucket}/run']
-    first = run('pretrain', *arguments)
+    first = call_module('pretrain', *arguments)
     assert first.returncode == 0, first.stderr
     import gcsfs
 
@@ -64,7 +62,7 @@ def test_a_run_on_a_bucket(bucket, store_path, tmp_path):
     assert any('tfevents' in name for name in files.ls('bucket/run/tensorboard'))
 
     files.rm('bucket/run/checkpoints/00000010/manifest.json')        # as if killed while saving
-    again = run('pretrain', *arguments)
+    again = call_module('pretrain', *arguments)
     assert again.returncode == 0 and 'resuming at step 8 of 10' in again.stdout, again.stderr
     assert 'checkpoint 10 in gs://bucket/run/checkpoints is passed over: it was never finished' in again.stdout
     files.invalidate_cache()
@@ -72,11 +70,11 @@ def test_a_run_on_a_bucket(bucket, store_path, tmp_path):
 
     table = tmp_path / 'rows.csv'
     table.write_text('text,label\n' + ''.join(f'word {i},{"even" if i % 2 == 0 else "odd"}\n' for i in range(40)))
-    tuned = run('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={bucket}/run',
+    tuned = call_module('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={bucket}/run',
                 f'--config.task.train_file={table}', '--config.epochs=1', '--config.max_length=16',
                 '--config.batch_size=8', '--config.evals_per_epoch=1', '--workdir', f'{bucket}/tuned')
     assert tuned.returncode == 0, tuned.stderr
-    said = run('predict', '--workdir', f'{bucket}/tuned', 'word 7', '--json')
+    said = call_module('predict', '--workdir', f'{bucket}/tuned', 'word 7', '--json')
     assert said.returncode == 0 and json.loads(said.stdout)['label'] in ('even', 'odd'), said.stderr
 
 

@@ -36,8 +36,7 @@ def build(kind):
     return model_parts.build(config)
 
 
-@pytest.mark.parametrize('kind', TARGETS)
-@pytest.mark.parametrize('multiple', [1, 4])
+@pytest.mark.parametrize('kind, multiple', [*((kind, 1) for kind in TARGETS), ('multiple_choice', 4)])
 def test_a_packed_batch_is_the_batch(kind, multiple):
     apart, model = examples(kind), build(kind)
     together = packed.pack(apart, 8, multiple)
