@@ -121,7 +121,8 @@ HEADER = """# Results
 Written by `benchmarks/results.py`: mean, standard deviation and range over seeds, on dev, of each run's checkpoint that is best there. Random weights are the
 same model, data and settings with `--config.from_scratch=True`. What can be scored without reading stands beside: always the most frequent label, the label (or
 mean) of the training rows of the same length, the longest choice, the first sentence, never an answer, each word's most frequent tag. The six rows of features are those
-of Devlin et al. (2019), table 7, under a BiLSTM of 768, 384 in each direction, for one epoch. Learning rates were chosen by a few runs on dev beforehand. Minutes are those of the training steps on one core of a machine that did other things too.
+of Devlin et al. (2019), table 7, under a BiLSTM of 768, 384 in each direction, for one epoch. Learning rates were chosen by a few runs on dev
+beforehand. Minutes are those of the training steps on one core of a machine that did other things too.
 
 | task | score | pre-trained | random weights | without reading | model | a run | seeds | commit |
 |---|---|---|---|---|---|---|---|---|"""

@@ -81,7 +81,7 @@ def test_killed_in_each_phase_and_during_a_save(store_path, pretrained, tmp_path
     assert result.returncode == 0, result.stderr
     assert 'resuming at step 8' in result.stdout
     assert_same(work, pretrained)
-    again = call_module('pretrain', *args)                                      # a finished run is left as it is
+    again = call_module('pretrain', *args)                                     # a finished run is left as it is
     assert again.returncode == 0 and 'resuming at step 10 of 10' in again.stdout
     assert_same(work, pretrained)
 
