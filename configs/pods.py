@@ -10,19 +10,26 @@ more, in docs/pods.md:
 
 (written by benchmarks/pods.py)
     base_v3_32        128:   1.5 GiB,     91 ms, MFU  40%; 512:   2.1 GiB,    126 ms, MFU  31%
-    base_v4_64        128:   2.7 GiB,     57 ms, MFU  28%; 512:   3.5 GiB,     90 ms, MFU  20%
+    base_v4_64        128:   2.7 GiB,     58 ms, MFU  28%; 512:   3.5 GiB,     91 ms, MFU  19%
     base_v5e_16       128:   2.7 GiB,     66 ms, MFU  34%; 512:   3.6 GiB,    116 ms, MFU  21%
     base_v5e_64       128:   2.7 GiB,     65 ms, MFU  35%; 512:   3.6 GiB,    115 ms, MFU  21%
-    base_v5e_256      128:   1.3 GiB,     35 ms, MFU  33%; 512:   1.8 GiB,     47 ms, MFU  26%
+    base_v5e_256      128:   1.3 GiB,     36 ms, MFU  31%; 512:   1.8 GiB,     49 ms, MFU  25%
     base_v5p_32       128:   5.3 GiB,     63 ms, MFU  31%; 512:   7.6 GiB,     94 ms, MFU  22%
-    base_2x_v5e_256   128:   1.5 GiB,     39 ms, MFU  29%; 512:   2.0 GiB,     49 ms, MFU  25%
-    large_v3_32       128:   1.9 GiB,    152 ms, MFU  41%; 512:   2.7 GiB,    201 ms, MFU  33%
-    large_v4_64       128:   6.0 GiB,    159 ms, MFU  35%; 512:   8.7 GiB,    247 ms, MFU  24%
+    base_v6e_16       128:   5.3 GiB,     61 ms, MFU  16%; 512:   7.1 GiB,     85 ms, MFU  12%
+    base_v6e_256      128:   2.7 GiB,     29 ms, MFU  17%; 512:   3.6 GiB,     43 ms, MFU  12%
+    base_2x_v5e_256   128:   1.5 GiB,     39 ms, MFU  29%; 512:   2.0 GiB,     48 ms, MFU  25%
+    large_v3_32       128:   1.9 GiB,    153 ms, MFU  41%; 512:   2.7 GiB,    201 ms, MFU  33%
+    large_v4_64       128:   6.0 GiB,    162 ms, MFU  35%; 512:   8.7 GiB,    250 ms, MFU  24%
     large_v5e_16      128:   6.0 GiB,    193 ms, MFU  40%; 512:   8.7 GiB,    329 ms, MFU  25%
     large_v5e_64      128:   6.0 GiB,    191 ms, MFU  41%; 512:   8.8 GiB,    332 ms, MFU  25%
-    large_v5e_256     128:   3.2 GiB,    100 ms, MFU  39%; 512:   4.5 GiB,    159 ms, MFU  26%
+    large_v5e_256     128:   3.2 GiB,    106 ms, MFU  37%; 512:   4.5 GiB,    164 ms, MFU  25%
     large_v5p_32      128:   6.2 GiB,     93 ms, MFU  36%; 512:   9.0 GiB,    135 ms, MFU  26%
-    large_2x_v5e_256  128:   3.4 GiB,    104 ms, MFU  38%; 512:   4.6 GiB,    151 ms, MFU  27%
+    large_v6e_16      128:   6.1 GiB,     83 ms, MFU  20%; 512:   8.5 GiB,    115 ms, MFU  15%
+    large_v6e_256     128:   3.3 GiB,     48 ms, MFU  17%; 512:   4.5 GiB,     64 ms, MFU  14%
+    large_2x_v5e_256  128:   3.4 GiB,    107 ms, MFU  37%; 512:   4.6 GiB,    153 ms, MFU  27%
+
+How far such an estimate may be off: BERT-large at 256 tokens on v4:4x4x4: 163 sequences/s a chip
+estimated for this program, 195 measured by Google for theirs (MLPerf v1.0), 0.84 of it.
 (to here)
 """
 
