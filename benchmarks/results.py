@@ -90,7 +90,7 @@ def describe(name, work):
     held_out = [json.loads(line) for line in (work / 'log.jsonl').read_text().splitlines() if 'held_out/mlm/loss' in line][-1]
     encoder, embeddings = config['model']['encoder'], config['model']['embeddings']
     return (f'`{name}`: {encoder["num_layers"]} layers of {embeddings["hidden_size"]}, {"a cased" if name == "cased" else "an uncased"} vocabulary of '
-            f'{embeddings["vocab_size"]:,}; {held_out["step"]:,} steps in {minutes(work) / 60:.1f} hours on one core beside other work; held-out MLM '
+            f'{embeddings["vocab_size"]:,}; {held_out["step"]:,} steps in {minutes(work) / 60:.1f} hours on one core, at the median rate; held-out MLM '
             f'{held_out["held_out/mlm/loss"]:.2f} nats (unigram model {held_out["held_out/mlm/unigram_loss"]:.2f}), NSP '
             f'{held_out["held_out/nsp/accuracy"]:.1%}.\n')
 
@@ -122,7 +122,7 @@ Written by `benchmarks/results.py`: mean, standard deviation and range over seed
 same model, data and settings with `--config.from_scratch=True`. What can be scored without reading stands beside: always the most frequent label, the label (or
 mean) of the training rows of the same length, the longest choice, the first sentence, never an answer, each word's most frequent tag. The six rows of features are those
 of Devlin et al. (2019), table 7, under a BiLSTM of 768, 384 in each direction, for one epoch. Learning rates were chosen by a few runs on dev
-beforehand. Minutes are those of the training steps on one core of a machine that did other things too.
+beforehand. Minutes are those of the training steps, at the median rate, on one core of a machine that did other things too.
 
 | task | score | pre-trained | random weights | without reading | model | a run | seeds | commit |
 |---|---|---|---|---|---|---|---|---|"""
@@ -170,9 +170,9 @@ def rates(run):
 
 
 def minutes(run):
-    """Of a run's training steps."""
+    """Of a run's training steps, at its median rate."""
     found = rates(run)
-    return sum((rate['step'] - before) / rate['steps_per_second'] for before, rate in zip([0, *(r['step'] for r in found)], found)) / 60
+    return found[-1]['step'] / statistics.median(rate['steps_per_second'] for rate in found) / 60
 
 
 def spread(values):
