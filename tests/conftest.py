@@ -54,7 +54,7 @@ def call_module(name: str, *args: str) -> subprocess.CompletedProcess:
     from bert_jax import cli
 
     module, argv, stdout, stderr, code = importlib.import_module(f'bert_jax.{name}'), sys.argv, io.StringIO(), io.StringIO(), 0
-    assert "if __name__ == '__main__':\n    cli.run(main)" in inspect.getsource(module)
+    assert "if __name__ == '__main__':\n    cli.run(main)" in inspect.getsource(module)  # or -m would do nothing
     sys.argv = [module.__file__, *map(str, args)]
     try:
         with contextlib.chdir(ROOT), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):

@@ -71,8 +71,8 @@ def test_a_run_on_a_bucket(bucket, store_path, tmp_path, monkeypatch):
     table = tmp_path / 'rows.csv'
     table.write_text('text,label\n' + ''.join(f'word {i},{"even" if i % 2 == 0 else "odd"}\n' for i in range(40)))
     tuned = call_module('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={bucket}/run',
-                f'--config.task.train_file={table}', '--config.epochs=1', '--config.max_length=16',
-                '--config.batch_size=8', '--config.evals_per_epoch=1', '--workdir', f'{bucket}/tuned')
+                        f'--config.task.train_file={table}', '--config.epochs=1', '--config.max_length=16',
+                        '--config.batch_size=8', '--config.evals_per_epoch=1', '--workdir', f'{bucket}/tuned')
     assert tuned.returncode == 0, tuned.stderr
     said = call_module('predict', '--workdir', f'{bucket}/tuned', 'word 7', '--json')
     assert said.returncode == 0 and json.loads(said.stdout)['label'] in ('even', 'odd'), said.stderr
