@@ -3,7 +3,8 @@
     python benchmarks/results.py --data "$DATA" --mini runs/mini --cased runs/cased --output runs/results [--only cola,mrpc]
 
 $DATA holds glue/, squad/, ner/, multichoice/, and pretrain/ for the two models, whose commands the page has. Runs that are
-finished are not repeated; the page is written from those that are there, so it can be made again at any time.
+finished are not repeated. What they came to goes to docs/results.json beside what is there, and the page is written from it,
+so rows may come from several machines, and the page can be made again at any time.
 """
 
 import argparse
@@ -75,11 +76,12 @@ def main():
         if getattr(args, model) and (not args.only or name in args.only.split(',')):
             for scratch in (False, True):
                 run(args, name, task, getattr(args, model), settings, scratch)
-    for name in PHASES:
-        if getattr(args, name):
-            args.output.mkdir(parents=True, exist_ok=True)
-            (args.output / f'{name}.txt').write_text(describe(name, pathlib.Path(getattr(args, name))))
-    args.page.write_text(page(args.output, args.data))
+    records = args.page.with_suffix('.json')
+    found = json.loads(records.read_text()) if records.exists() else {'models': {}, 'rows': {}}
+    found['models'] |= {name: describe(name, pathlib.Path(getattr(args, name))) for name in PHASES if getattr(args, name)}
+    found['rows'] |= {row[0]: one for row in ROWS for one in [record(args, *row)] if one}
+    records.write_text(json.dumps(found, indent=1) + '\n')
+    args.page.write_text(page(found))
 
 
 def describe(name, work):
@@ -92,7 +94,7 @@ def describe(name, work):
     return (f'`{name}`: {encoder["num_layers"]} layers of {embeddings["hidden_size"]}, {"a cased" if name == "cased" else "an uncased"} vocabulary of '
             f'{embeddings["vocab_size"]:,}; {held_out["step"]:,} steps in {minutes(work) / 60:.1f} hours on one core, at the median rate; held-out MLM '
             f'{held_out["held_out/mlm/loss"]:.2f} nats (unigram model {held_out["held_out/mlm/unigram_loss"]:.2f}), NSP '
-            f'{held_out["held_out/nsp/accuracy"]:.1%}.\n')
+            f'{held_out["held_out/nsp/accuracy"]:.1%}.')
 
 
 def folder(output, name, scratch):
@@ -128,27 +130,34 @@ beforehand. Minutes are those of the training steps, at the median rate, on one 
 |---|---|---|---|---|---|---|---|---|"""
 
 
-def page(output, data):
-    lines, commands = [HEADER], []
-    for name, task, model, settings in ROWS:
-        found = [folder(output, name, scratch) for scratch in (False, True)]
-        if not all((work / 'sweep.json').exists() for work in found):
-            continue
-        sweeps = [json.loads((work / 'sweep.json').read_text()) for work in found]
-        commits = sorted({commit for work in found for commit in json.loads((work / 'made.json').read_text())['commits']})
-        score = sweeps[0]['score']
-        found_baselines = baselines(task, settings, data)
-        for shown in (score, *(f'dev/{other}' for other in BESIDE.get(name, ()))):
-            pretrained, scratch = (spread([one[shown] for one in sweep['runs'].values()]) for sweep in sweeps)
-            measure = shown.removeprefix('dev/')
-            beside = ', '.join(f'{key} {value:.3f}' for key, value in found_baselines.items() if key.endswith(f'_{measure}'))
-            lines.append(f'| {name} | {measure} | {pretrained} | {scratch} | {beside} | {model} | {cost(found[0])} | {len(sweeps[0]["runs"])} '
-                         f'| {", ".join(commits)} |')
-        parts = command(name, task, f'runs/{model}', settings, f'runs/{name}')
-        commands.append(' '.join(f'"{part}"' if '(' in part else part for part in parts))
-    models = [(output / f'{name}.txt').read_text() for name in PHASES if (output / f'{name}.txt').exists()]
-    made = [' '.join(parts) for name in PHASES for parts in PRETRAINING[name]]
-    return '\n'.join([*lines, '', *models, 'The commands:', '', '```bash', *made, *commands, '```', ''])
+def record(args, name, task, model, settings):
+    """What a row's runs came to: command, cost, and for every score its values over the seeds; None before all have ended."""
+    works = [folder(args.output, name, scratch) for scratch in (False, True)]
+    if not all((work / 'sweep.json').exists() for work in works):
+        return None
+    sweeps = [json.loads((work / 'sweep.json').read_text()) for work in works]
+    parts, beside, scores = command(name, task, f'runs/{model}', settings, f'runs/{name}'), baselines(task, settings, args.data), {}
+    for shown in (sweeps[0]['score'], *(f'dev/{other}' for other in BESIDE.get(name, ()))):
+        pretrained, scratch = ([one[shown] for one in sweep['runs'].values()] for sweep in sweeps)
+        measure = shown.removeprefix('dev/')
+        scores[measure] = {'pretrained': pretrained, 'random_weights': scratch,
+                           'without_reading': {key: value for key, value in beside.items() if key.endswith(f'_{measure}')}}
+    return {'model': model, 'cost': cost(works[0]), 'scores': scores,
+            'command': ' '.join(f'"{part}"' if '(' in part else part for part in parts),
+            'commits': sorted({commit for work in works for commit in json.loads((work / 'made.json').read_text())['commits']})}
+
+
+def page(found):
+    lines = [HEADER]
+    rows = {row[0]: found['rows'][row[0]] for row in ROWS if row[0] in found['rows']}
+    for name, row in rows.items():
+        for measure, values in row['scores'].items():
+            beside = ', '.join(f'{key} {value:.3f}' for key, value in values['without_reading'].items())
+            lines.append(f'| {name} | {measure} | {spread(values["pretrained"])} | {spread(values["random_weights"])} | {beside} | {row["model"]} '
+                         f'| {row["cost"]} | {len(values["pretrained"])} | {", ".join(row["commits"])} |')
+    made = [' '.join(parts) for name in found['models'] for parts in PRETRAINING[name]]
+    return '\n'.join([*lines, '', *(f'{line}\n' for line in found['models'].values()), 'The commands:', '', '```bash', *made,
+                      *(row['command'] for row in rows.values()), '```', ''])
 
 
 def baselines(task, settings, data):
