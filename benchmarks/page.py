@@ -1,6 +1,8 @@
 """Writes docs/benchmarks.md and its picture from what benchmarks/run.sh left behind; called by it.
 
     python benchmarks/page.py --figures runs/benchmarks --output docs/benchmarks.md
+
+The figures go to docs/benchmarks.json beside what is there, so sections may come from several machines.
 """
 
 import argparse
@@ -38,22 +40,33 @@ def main():
     parser.add_argument('--figures', required=True)
     parser.add_argument('--output', required=True)
     args = parser.parse_args()
-    folder, output = pathlib.Path(args.figures), pathlib.Path(args.output)
+    output = pathlib.Path(args.output)
+    found = collect(pathlib.Path(args.figures), output.with_suffix('.json'))
     lines = [HEADER, '']
-    if draw(folder, output.with_suffix('.png')):
+    if draw(found, output.with_suffix('.png')):
         lines += [f'![steps against peers]({output.with_suffix(".png").name})', '']
     for name, (title, aim, account) in SECTIONS.items():
-        file = folder / f'{name}.txt'
-        found = ['```', file.read_text().rstrip(), '```'] if file.exists() else ['Not run: no GPU was at hand.' if name == 'gpu' else 'Not run.']
-        lines += [f'## {title}', '', *([aim, ''] if aim else []), *found, '', *([account, ''] if account else [])]
+        said = ['```', found[name]['text'], '```'] if name in found else ['Not run: no GPU was at hand.' if name == 'gpu' else 'Not run.']
+        lines += [f'## {title}', '', *([aim, ''] if aim else []), *said, '', *([account, ''] if account else [])]
     output.write_text('\n'.join(lines).rstrip() + '\n')
     print(output)
 
 
-def draw(folder, path):
+def collect(folder, records):
+    """Section -> {'text': what its benchmark printed, 'runs': its figures}: the folder's, and those that were there."""
+    found = json.loads(records.read_text()) if records.exists() else {}
+    for name in SECTIONS:
+        text, figures = folder / f'{name}.txt', folder / f'{name}.json'
+        if text.exists():
+            runs = [json.loads(line) for line in figures.read_text().splitlines()] if figures.exists() else []
+            found[name] = {'text': text.read_text().rstrip(), 'runs': runs}
+    records.write_text(json.dumps(found, indent=1) + '\n')
+    return found
+
+
+def draw(found, path):
     """A bar a side of every training benchmark: its share of the matmul peak."""
-    runs = [(name, json.loads(line)) for name in SECTIONS for file in [folder / f'{name}.json'] if file.exists()
-            for line in file.read_text().splitlines()]
+    runs = [(name, run) for name in SECTIONS for run in found.get(name, {}).get('runs', ())]
     if not runs:
         return False
     import matplotlib

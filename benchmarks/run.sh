@@ -4,7 +4,7 @@
 #   bash benchmarks/run.sh --text 'DIR/*.txt' --vocab vocab.txt --sst2 GLUE/SST-2
 #   bash benchmarks/run.sh ... --only train_base,startup        some of them; the page keeps what the others said before
 #
-# Raw output goes to runs/benchmarks/NAME.txt, from which the page is made; gpu.txt is what benchmarks/gpu.sh leaves on a machine with a GPU.
+# Raw output goes to runs/benchmarks/NAME.txt and from there to docs/benchmarks.json, of which the page is made; gpu.txt is what benchmarks/gpu.sh leaves on a machine with a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

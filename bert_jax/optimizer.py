@@ -97,6 +97,7 @@ def _sum_square(x: jax.Array) -> jax.Array:
 
 def _sum_square_in_parts(x: jax.Array) -> jax.Array:
     """Sixteen squares at a time, as they are read; of larger sums XLA on CPU first writes all squares to memory."""
+    x = jnp.atleast_1d(x)
     parts = (x * x).reshape(*x.shape[:-1], -1, math.gcd(x.shape[-1], 16)).sum(-1)
     return jnp.sum(jax.lax.optimization_barrier(parts))
 

@@ -46,3 +46,8 @@ def test_the_page_has_what_was_run_and_names_what_was_not(tmp_path):
     page = (tmp_path / 'page.md').read_text()
     assert '10.0 MB/s' in page and 'ours 1.5 sequences/s' in page and '(page.png)' in page and (tmp_path / 'page.png').stat().st_size > 5000
     assert page.count('\nNot run.\n') == page.count('\n## ') - 3 and 'no GPU was at hand' in page
+    (tmp_path / 'prepare.txt').unlink()                                  # another machine, which ran another one
+    (tmp_path / 'pipeline.txt').write_text('5 sequences/s\n')
+    run('page', '--figures', tmp_path, '--output', tmp_path / 'page.md')
+    page = (tmp_path / 'page.md').read_text()
+    assert '10.0 MB/s' in page and '5 sequences/s' in page

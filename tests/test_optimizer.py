@@ -93,3 +93,13 @@ def test_schedule_is_the_original_codes():
 def test_unknown_optimizer():
     with pytest.raises(UserError, match="Unknown optimizer 'adam'; known: adamw, lamb"):
         optimizer.make_optimizer('adam')
+
+
+def test_the_norm_of_arrays_of_any_shape_and_no_squares_in_memory():
+    rng = np.random.default_rng(0)
+    tree = [np.float32(rng.normal(size=shape)) for shape in ((3, 48, 160), (5, 7), (9,), (), (4, 3, 5, 2, 6))]
+    expected = np.sqrt(sum((x.astype(np.float64)**2).sum() for x in tree))
+    np.testing.assert_allclose(jax.jit(optimizer.global_norm)(tree), expected, rtol=1e-6)
+    large = jax.ShapeDtypeStruct((12, 256, 320), np.float32)
+    compiled = jax.jit(optimizer.global_norm).lower([large]).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * large.size / 16 + 65536
