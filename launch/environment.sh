@@ -13,6 +13,7 @@ environment() {
     touch "$stamp"
   fi
   PATH=$PWD/.venv/bin:$PATH
+  unset PYTHONDONTWRITEBYTECODE # pip left the packages uncompiled: each module is compiled once, by whoever imports it first
 }
 
 new_python() { # the first that is new enough
