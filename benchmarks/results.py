@@ -79,7 +79,7 @@ def main():
     records = args.page.with_suffix('.json')
     found = json.loads(records.read_text()) if records.exists() else {'models': {}, 'rows': {}}
     found['models'] |= {name: describe(name, pathlib.Path(getattr(args, name))) for name in PHASES if getattr(args, name)}
-    found['rows'] |= {row[0]: one for row in ROWS for one in [record(args, *row)] if one}
+    found['rows'] |= {row[0]: one for row in ROWS if (one := record(args, *row))}
     records.write_text(json.dumps(found, indent=1) + '\n')
     args.page.write_text(page(found))
 

@@ -4,7 +4,8 @@
 #   bash benchmarks/run.sh --text 'DIR/*.txt' --vocab vocab.txt --sst2 GLUE/SST-2
 #   bash benchmarks/run.sh ... --only train_base,startup        some of them; the page keeps what the others said before
 #
-# Raw output goes to runs/benchmarks/NAME.txt and from there to docs/benchmarks.json, of which the page is made; gpu.txt is what benchmarks/gpu.sh leaves on a machine with a GPU.
+# Raw output goes to runs/benchmarks/NAME.txt and from there to docs/benchmarks.json, of which the page is made;
+# gpu.txt is what benchmarks/gpu.sh leaves on a machine with a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +16,7 @@ while [ $# -gt 0 ]; do
     --vocab) vocab=$2; shift 2 ;;
     --sst2) sst2=$2; shift 2 ;;
     --only) only=$2; shift 2 ;;
-    *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
 done
 [ -n "$text" ] && [ -n "$vocab" ] && [ -n "$sst2" ] || { echo "error: --text, --vocab and --sst2 are needed; see --help" >&2; exit 2; }

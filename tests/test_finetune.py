@@ -55,7 +55,7 @@ def tuned(pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp('tuned')
     train, dev, test = (write(folder / f'{n}.csv', rows(c, s)) for s, (n, c) in enumerate((('train', 600), ('dev', 41), ('test', 7))))
     args = settings(pretrained, train, f'--config.task.dev_file={dev}', f'--config.task.test_file={test}', '--config.batch_size=16',
-                    '--config.epochs=10', '--config.schedule.peak=5e-4', '--config.dropout_rate=0.0')  # what no seed fails with
+                    '--config.epochs=10', '--config.schedule.peak=5e-4', '--config.dropout_rate=0.0')  # none of eight seeds fails
     result = run_module('finetune', *args, '--workdir', folder / 'work')
     assert result.returncode == 0, result.stderr
     return folder / 'work', args

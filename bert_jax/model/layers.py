@@ -27,8 +27,8 @@ def gelu(x: jax.Array, approximate: bool) -> jax.Array:
     """x * P(N(0, 1) <= x) (Hendrycks and Gimpel 2016), by erf, or by tanh when approximate.
 
     Its gradient mirrors the argument, so that the compiler does not find the forward pass's erf or tanh in it
-    and keep that [B, L, F] array in memory: computing it again is faster than reading it. jax.nn.gelu takes erfc, which
-    costs CPUs twice as much.
+    and keep that [B, L, F] array in memory: computing it again is faster than reading it. jax.nn.gelu takes erfc, for
+    which XLA on CPU goes over the array several times.
     """
     if approximate:
         return jax.nn.gelu(x)
