@@ -25,7 +25,7 @@ SIDES = ('ours', 'pipeline_1', 'pipeline_8', 'pipeline_32')
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--vocab', required=True)
-    parser.add_argument('--texts', type=int, default=512)
+    parser.add_argument('--texts', type=int, default=256)
     parser.add_argument('--layers', type=int, default=12)
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--side', nargs=2, help=argparse.SUPPRESS)

@@ -38,10 +38,11 @@ import numpy as np
 
 from bert_jax import cli, evaluate, pretrained, scores
 from bert_jax.cli import UserError
-from bert_jax.data import tables, tasks, texts
+from bert_jax.data import packed, tables, tasks, texts
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.data.task import Task
 from bert_jax.model import model as models
+from bert_jax.model.heads import HEADS
 from bert_jax.weights import Pretrained
 
 MASK = '[MASK]'
@@ -65,7 +66,7 @@ class Predictor:
         if not self.target:
             raise UserError(f'{path}: its heads ({", ".join(source.model.targets) or "none"}) predict nothing.')
         self.kind, self.labels, self.truncated = KINDS.get(self.target, 'fill_mask'), source.labels, 0
-        self._config, self._params, self._tokenizer = source.model, source.params, source.tokenizer
+        self._config, self._params, self._tokenizer = source.model, jax.device_put(source.params), source.tokenizer
         config = source.about.get('config', {})
         task = config.get('task', {})
         self._max_length = config.get('max_length', source.model.embeddings.max_length)  # a fine-tuned model's own
@@ -109,6 +110,8 @@ class Predictor:
             apply = self._jitted(task.settings['num_choices'])
         data = module.encode(task, rows, self._tokenizer, self._max_length, lengths(self._max_length))
         self.truncated += data.truncated
+        if HEADS[self.target].uses_pooled:
+            data = packed.pack_into(data, data.lengths, batch_size)
         outputs, _ = evaluate.predict(lambda batch: (apply(self._params, batch), {}), data, batch_size, self.target)
         found = module.decode(task, rows, data, outputs)
         return [module.describe(row) | one for row, one in zip(rows, found)]

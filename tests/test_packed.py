@@ -76,6 +76,27 @@ def test_every_example_once_an_epoch_in_one_shape_with_little_padding(multiple):
     assert sorted(numbers[numbers >= 0]) == list(range(3000))
 
 
+@pytest.mark.parametrize('kind', TARGETS)
+def test_evaluated_in_rows_of_given_lengths_it_is_the_same(kind):
+    apart, model = examples(kind, 200), build(kind)
+    params = models.random_params(model, apart.make(np.arange(1), 1))
+    step = evaluate.make_eval_step(model, partition.make_mesh((-1, 1, 1)))
+    together = packed.pack_into(apart, (8, 16, 32, 48), 4)
+    found = [evaluate.predict(lambda batch: step(params, batch), data, 4, kind)[0]['logits'] for data in (apart, together)]
+    np.testing.assert_allclose(found[1], found[0], atol=2e-5)
+    batches = [batch for _, batch in together.evaluation_batches(4)]
+    assert len({batch['input_ids'].shape for batch in batches}) == 1 and together.row_length in (16, 32, 48)
+    assert np.mean([batch['input_mask'] > 0 for batch in batches]) > 1.3 * np.mean(
+        [batch['input_mask'] > 0 for _, batch in apart.evaluation_batches(4)])
+
+
+def test_choices_too_long_together_for_any_given_length_have_a_row_all_the_same():
+    together = packed.pack_into(examples('multiple_choice'), (8, 16), 4)
+    assert together.row_length in (32, 48) and together.sizes.max() > 16
+    numbers = np.concatenate([found for found, _ in together.evaluation_batches(4)])
+    assert sorted(numbers[numbers >= 0]) == list(range(29))
+
+
 @settings(max_examples=200, deadline=None)
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=40), length=st.integers(20, 60), most=st.integers(1, 9))
 def test_rows_hold_what_fits_and_all_of_it(sizes, length, most):

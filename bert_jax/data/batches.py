@@ -39,7 +39,7 @@ def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[B
     dataset = tf.data.Dataset.range(start, stop).map(load, num_parallel_calls=THREADS, deterministic=True)
     options = tf.data.Options()
     options.threading.private_threadpool_size = THREADS
-    options.autotune.enabled = False  # nothing to tune, and the stream's end would wait for the tuner's next look, up to a minute
+    options.autotune.enabled = False  # nothing to tune; and a stream's end would wait for the tuner's next look
     return dataset.with_options(options).prefetch(AHEAD).as_numpy_iterator()
 
 

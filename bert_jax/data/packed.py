@@ -7,11 +7,12 @@ compiled program, holds them all, and the rows are full.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from bert_jax.data import packing
-from bert_jax.data.encoded import STEP, Encoded
+from bert_jax.data.encoded import GROUP, STEP, Encoded
 
 SEAT = 4     # tokens of a row for each example that may sit in it
 SAMPLE = 64  # batches, those with the most tokens, by which the length of rows is chosen
@@ -61,12 +62,15 @@ class Packed(Encoded):
         return np.concatenate([hands.T.ravel(), order[whole:]])
 
     def evaluation_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """(the example at each place of the outputs, -1 for none; batch): every example once."""
-        order = self.arrange(np.arange(len(self)), batch_size)
-        parts = _cut(order, batch_size)
-        rows = [self._fill(part) for part in parts]
-        count = self._rounded(max(map(len, rows)))
-        yield from (self._lay(part, one, count) for part, one in zip(parts, rows))
+        """(the example at each place of the outputs, -1 for none; batch): every example once, all batches of one shape.
+
+        Rows are filled from many batches' examples, and then cut into batches of about `batch_size` of them.
+        """
+        count = 0
+        for part in _cut(np.arange(len(self)), GROUP * batch_size):
+            rows = self._fill(part)
+            count = count or self._rounded(_one_of_few(-(-len(rows) * min(batch_size, len(part)) // len(part))))
+            yield from (self._lay(part, some, count) for some in _cut(rows, count))
 
     def make(self, examples: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         """The examples as arrays [R, L], their labels [R * seats * group, ...].
@@ -128,19 +132,46 @@ class Packed(Encoded):
             **{name: by_seat(values[rows]) for name, values in self.labels.items()}}
 
 
-def _cut(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+def _cut(values: Sequence, size: int) -> list[Sequence]:
+    return [values[start:start + size] for start in range(0, len(values), size)]
+
+
+def _one_of_few(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few shapes, and at most a third too many."""
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
 
 
 def pack(data: Encoded, batch_size: int, multiple: int) -> Packed:
-    """The same examples, in rows of the length that costs least; for targets that read [CLS] alone."""
-    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(Encoded)}
-    unshaped, best = Packed(**fields), None
+    """The same examples, in rows of the length that costs a training step least; for targets that read [CLS] alone."""
+    unshaped = Packed(**_fields(data))
     longest, fullest = -(-int(unshaped.sizes.max()) // STEP) * STEP, unshaped.fullest(batch_size)
-    for length in range(longest, 2 * longest + 1, STEP):
-        made = Packed(**fields, row_length=length, multiple=multiple)
-        rows = max(len(made._fill(one)) for one in fullest)
-        cost = made._rounded(rows) * length * (1 + length / ATTENTION)
-        if best is None or cost < best[0]:
-            best = cost, made
-    return best[1]
+
+    def cost(made: Packed) -> float:
+        return _cost(made._rounded(max(len(made._fill(one)) for one in fullest)), made.row_length)
+
+    return min((dataclasses.replace(unshaped, row_length=length, multiple=multiple)
+                for length in range(longest, 2 * longest + 1, STEP)), key=cost)
+
+
+def pack_into(data: Encoded, lengths: Sequence[int], batch_size: int) -> Packed:
+    """The same examples, in rows of that one of `lengths` that costs least to evaluate; for targets as above.
+
+    Args:
+      data: if the choices of a question are too many for the last length, rows are a multiple of it.
+      lengths: ascending.
+      batch_size: of `evaluation_batches`.
+    """
+    unshaped = Packed(**_fields(data))
+    some, longest = np.arange(min(len(data), GROUP * batch_size)), int(unshaped.sizes.max())
+    enough = [length for length in lengths if longest <= length] or [-(-longest // lengths[-1]) * lengths[-1]]
+    made = [dataclasses.replace(unshaped, row_length=length) for length in enough]
+    return min(made, key=lambda one: _cost(len(one._fill(some)), one.row_length))
+
+
+def _fields(data: Encoded) -> dict[str, Any]:
+    return {field.name: getattr(data, field.name) for field in dataclasses.fields(Encoded)}
+
+
+def _cost(rows: int, length: int) -> float:
+    return rows * length * (1 + length / ATTENTION)
