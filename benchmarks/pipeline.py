@@ -27,6 +27,7 @@ def main():
     parser.add_argument('--repeats', type=int, default=5)
     args = parser.parse_args()
     data = store.load(args.store)
+    batches.import_tensorflow().join()  # until it is there, tf.data's part is done without it
     for length, steps in ((128, 600), (512, 250)):
         for option in ('', ',whole_word', ',no_nsp', ',packed', ',whole_word,packed', ',no_nsp,packed'):
             config = cli.load_config(f'{ROOT}/configs/pretrain.py:base{option}', [])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -51,3 +52,32 @@ def test_the_page_has_what_was_run_and_names_what_was_not(tmp_path):
     run('page', '--figures', tmp_path, '--output', tmp_path / 'page.md')
     page = (tmp_path / 'page.md').read_text()
     assert '10.0 MB/s' in page and '5 sequences/s' in page
+
+
+def test_results_keep_the_rows_of_other_machines(tmp_path):
+    def ended(row, *scores):
+        for kind, shift in (('pretrained', 0.0), ('scratch', -0.25)):
+            runs = {f'seed{seed}': {'dev/accuracy': score + shift, 'dev/f1': 0.5} for seed, score in enumerate(scores)}
+            for name in runs:
+                folder = tmp_path / 'runs' / row / kind / 'runs' / name
+                folder.mkdir(parents=True)
+                (folder / 'rates.jsonl').write_text(json.dumps({'step': 120, 'steps_per_second': 2.0}) + '\n')
+            (tmp_path / 'runs' / row / kind / 'sweep.json').write_text(json.dumps({'score': 'dev/accuracy', 'runs': runs}))
+            (tmp_path / 'runs' / row / kind / 'made.json').write_text(json.dumps({'commits': ['abc']}))
+
+    def page():
+        run('results', '--data', tmp_path, '--output', tmp_path / 'runs', '--page', tmp_path / 'results.md')
+        return (tmp_path / 'results.md').read_text()
+
+    for name, folder in (('sst2', 'SST-2'), ('mrpc', 'MRPC')):
+        (tmp_path / 'glue' / folder).mkdir(parents=True)
+        make(name, tmp_path / 'glue' / folder)
+    ended('sst2', 0.5, 0.75)
+    first = page()
+    assert '| sst2 | accuracy | 0.625 ± 0.177 (0.500-0.750) | 0.375 ± 0.177 (0.250-0.500) | ' in first
+    assert 'majority_accuracy 0.500' in first and '| 120 steps, 1 min | 2 | abc |' in first and '$DATA/glue/SST-2' in first and str(tmp_path) not in first
+    shutil.rmtree(tmp_path / 'runs')
+    ended('mrpc', 0.75, 0.75)
+    second = page()
+    assert next(line for line in first.splitlines() if line.startswith('| sst2')) in second
+    assert '| mrpc | accuracy | 0.750 ± 0.000' in second and 'configs/finetune.py:mrpc' in second and 'configs/finetune.py:sst2' in second

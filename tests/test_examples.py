@@ -141,9 +141,14 @@ def test_epochs_are_whole_and_drawn_afresh(store):
     assert not {row.tobytes() for row in second['input_ids']} & rows
 
 
-@pytest.mark.parametrize('stream', ['tf', 'thread'])
-def test_both_pipelines_give_exactly_the_batches(store, stream):
+@pytest.mark.parametrize('stream, there', [('tf', True), ('tf', False), ('tf', 'after two'), ('thread', True)])
+def test_the_pipelines_give_exactly_the_batches(store, monkeypatch, stream, there):
     source = make(store)
+    if there is True:
+        batches.import_tensorflow().join()
+    else:
+        alive = iter([True, True, not there] + [not there] * 9)
+        monkeypatch.setattr(batches, 'import_tensorflow', lambda: type('Thread', (), {'is_alive': lambda self: next(alive)})())
     given = list(batches.STREAMS[stream](lambda step: source.batch(step, 8), 3, 9))
     assert len(given) == 6
     for step, batch in zip(range(3, 9), given):

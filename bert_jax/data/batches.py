@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import itertools
 import os
@@ -19,13 +20,32 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # tensorflow reads them when
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 
+@functools.cache
+def import_tensorflow() -> threading.Thread:
+    """Begins to import tensorflow, which takes seconds, beside whatever the caller does; only once."""
+    def load() -> None:
+        with contextlib.suppress(ImportError):  # said by who needs it
+            importlib.import_module('tensorflow')
+
+    thread = threading.Thread(target=load)  # the process ends after it: within an import it could only crash
+    thread.start()
+    return thread
+
+
 def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
-    """`make(step)` for step in start..stop-1, in order, through tf.data: parallel and prefetched."""
-    import tensorflow as tf  # seconds to import; machines without it use `thread_stream`
+    """`make(step)` for step in start..stop-1, in order, through tf.data: parallel and prefetched.
+
+    The first ones come without it, as long as tensorflow is not there yet.
+    """
+    loading = import_tensorflow()
+    while start < stop and loading.is_alive():
+        yield make(start)
+        start += 1
+    if start >= stop:
+        return
+    import tensorflow as tf  # machines without it use `thread_stream`
 
     tf.config.set_visible_devices([], 'GPU')
-    if start >= stop:
-        return iter(())
     first = make(start)
     names, types = list(first), [tf.as_dtype(value.dtype) for value in first.values()]
 
@@ -40,17 +60,7 @@ def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[B
     options = tf.data.Options()
     options.threading.private_threadpool_size = THREADS
     options.autotune.enabled = False  # nothing to tune; and a stream's end would wait for the tuner's next look
-    return dataset.with_options(options).prefetch(AHEAD).as_numpy_iterator()
-
-
-def import_ahead(stream: str) -> None:
-    """Begins to import what a stream needs, while the caller compiles: tensorflow takes seconds."""
-    def load() -> None:
-        with contextlib.suppress(ImportError):
-            importlib.import_module('tensorflow')
-
-    if stream == 'tf':
-        threading.Thread(target=load, daemon=True).start()
+    yield from dataset.with_options(options).prefetch(AHEAD).as_numpy_iterator()
 
 
 def thread_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
