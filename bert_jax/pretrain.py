@@ -73,8 +73,6 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
                                                config.packed) for phase in phases}
     evaluators = {'held_out': make_evaluator(config, data, model, mesh, phases)} if config.eval_examples else {}
     folder = workdir.start(path, config, data.tokenizer)  # nothing is written before all is checked
-    if config.pipeline == 'tf':
-        batches.import_tensorflow()
     clock.done('data')
     state = train.make_init(model, tx, example, mesh)(config.seed)
     if source is not None:

@@ -149,9 +149,9 @@ def test_the_pipelines_give_exactly_the_batches(store, monkeypatch, stream, ther
     else:
         alive = iter([True, True, not there] + [not there] * 9)
         monkeypatch.setattr(batches, 'import_tensorflow', lambda: type('Thread', (), {'is_alive': lambda self: next(alive)})())
-    given = list(batches.STREAMS[stream](lambda step: source.batch(step, 8), 3, 9))
-    assert len(given) == 6
-    for step, batch in zip(range(3, 9), given):
+    given = list(batches.STREAMS[stream](lambda step: source.batch(step, 8), 3, 12))
+    assert len(given) == 9
+    for step, batch in zip(range(3, 12), given):
         assert equal(batch, source.batch(step, 8))
     assert list(batches.STREAMS[stream](lambda step: source.batch(step, 8), 3, 3)) == []
 

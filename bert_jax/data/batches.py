@@ -35,10 +35,10 @@ def import_tensorflow() -> threading.Thread:
 def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     """`make(step)` for step in start..stop-1, in order, through tf.data: parallel and prefetched.
 
-    The first ones come without it, as long as tensorflow is not there yet.
+    The first ones come without it, so that the first step need not wait: tensorflow is imported beside the next ones.
     """
-    loading = import_tensorflow()
-    while start < stop and loading.is_alive():
+    begun = start
+    while start < stop and (start < begun + AHEAD or import_tensorflow().is_alive()):
         yield make(start)
         start += 1
     if start >= stop:
