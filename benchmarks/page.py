@@ -16,7 +16,7 @@ SECTIONS = {  # title, what is aimed at, what the figures below come to and why
                    'What one is ahead by hangs on the processor ([log.md](log.md), 2026-11-22): where products run at 0.07 TFLOP/s, `eager_masked` is at '
                    '80 % of the peak itself, and nobody can be 1.25 times ahead of it; where they ran at 0.19, we were 1.76 and 1.26 times.'),
     'train_base_tuned': ('The same against tuned peers', '', "`compiled_masked` is `torch.compile`'s, `eager_masked_kept` has our own setting of glibc."),
-    'train_base_bf16': ('The same in bfloat16', '', 'The peers run under autocast. For processors that multiply bfloat16 (AVX-512 or AMX); elsewhere nobody would.'),
+    'train_base_bf16': ('The same in bfloat16', '', 'The peers run under autocast. Meant for processors that multiply bfloat16.'),
     'train_base_512': ('The same at length 512', '', ''),
     'train_large_512': ("BERT-large at length 512, in this machine's memory", 'Aim: it trains.', ''),
     'gpu': ('On a GPU', 'Aims on an H200: BERT-large at length 128 without dropout on attention 45 % MFU, BERT-base 40 %; both 1.2 times '
@@ -26,10 +26,11 @@ SECTIONS = {  # title, what is aimed at, what the figures below come to and why
     'packed_512': ('Packing at length 512', '', ''),
     'prepare': ('Text to token store', 'Aim: 8 MB/s.', ''),
     'pipeline': ('The input pipeline', 'Aims through tf.data: 100,000 sequences/s at 128, 25,000 at 512, half of that with whole words.',
-                 'At 128 half of the first aim on this processor (104,000 where a core was twice as fast, at commit b7a9108): making a batch takes 3.5 ms of '
-                 'a core, 1.2 more go to taking its twelve arrays out of tf.data, and Python has one lock. Threads alone come to what the cores give.'),
-    'startup': ('From the command to the first step', 'Aims: 15 s, 8 s with a warm cache, 3 s for the import.', ''),
-    'predict': ('Prediction', '', ''),
+                 'At 128 half of the first aim on this processor (104,000 on a faster one, at commit b7a9108): taking a batch out of tf.data, array by array, '
+                 'competes with making the next for two cores and for the lock of Python ([log.md](log.md), 2026-11-27).'),
+    'startup': ('From the command to the first step', 'Aims: 15 s, 8 s with a warm cache, 3 s for the import.',
+                'Since that commit tensorflow is imported beside the training, not before it ([log.md](log.md), 2026-11-27).'),
+    'predict': ('Prediction', '', 'Since that commit short texts share rows, which took 128 texts from 14.4 to 6.5 s ([log.md](log.md), 2026-11-27).'),
     'finetune': ('Fine-tuning', 'Aim: 1.2 times `trainer`, which pads to the longest of a batch and groups by length.', ''),
 }
 HEADER = """# Benchmarks

@@ -7,7 +7,6 @@ compiled program, holds them all, and the rows are full.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -137,14 +136,14 @@ def _cut(values: Sequence, size: int) -> list[Sequence]:
 
 
 def _one_of_few(count: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few shapes, and at most a third too many."""
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few shapes, and at most half as many again."""
     power = 1 << (count - 1).bit_length()
     return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
 
 
 def pack(data: Encoded, batch_size: int, multiple: int) -> Packed:
     """The same examples, in rows of the length that costs a training step least; for targets that read [CLS] alone."""
-    unshaped = Packed(**_fields(data))
+    unshaped = _unshaped(data)
     longest, fullest = -(-int(unshaped.sizes.max()) // STEP) * STEP, unshaped.fullest(batch_size)
 
     def cost(made: Packed) -> float:
@@ -162,15 +161,15 @@ def pack_into(data: Encoded, lengths: Sequence[int], batch_size: int) -> Packed:
       lengths: ascending.
       batch_size: of `evaluation_batches`.
     """
-    unshaped = Packed(**_fields(data))
+    unshaped = _unshaped(data)
     some, longest = np.arange(min(len(data), GROUP * batch_size)), int(unshaped.sizes.max())
     enough = [length for length in lengths if longest <= length] or [-(-longest // lengths[-1]) * lengths[-1]]
     made = [dataclasses.replace(unshaped, row_length=length) for length in enough]
     return min(made, key=lambda one: _cost(len(one._fill(some)), one.row_length))
 
 
-def _fields(data: Encoded) -> dict[str, Any]:
-    return {field.name: getattr(data, field.name) for field in dataclasses.fields(Encoded)}
+def _unshaped(data: Encoded) -> Packed:
+    return Packed(**{field.name: getattr(data, field.name) for field in dataclasses.fields(Encoded)})
 
 
 def _cost(rows: int, length: int) -> float:
