@@ -233,6 +233,8 @@ class _Writer:
         elif journal.exists():
             begun = json.loads(journal.read_text())
             self._must_agree(begun['body'])
+            if begun.get('block_bytes') != corpora.BLOCK_BYTES:  # its count of blocks means something else
+                raise UserError(f'{path}: begun by another version of bert_jax; delete it and start again.')
             self._open(begun['sizes'])
             self.blocks, self.counts = begun['blocks'], collections.Counter(begun['counts'])
             print(f'{path}: going on after {self.blocks} blocks.')
@@ -280,7 +282,7 @@ class _Writer:
         for file in self._files.values():
             file.flush()
         store.write_json(self.path / 'journal.json', {
-            'body': self.body, 'blocks': self.blocks, 'counts': dict(self.counts),
+            'body': self.body, 'block_bytes': corpora.BLOCK_BYTES, 'blocks': self.blocks, 'counts': dict(self.counts),
             'sizes': {name: file.tell() for name, file in self._files.items()}})
 
     def close(self) -> None:

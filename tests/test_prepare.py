@@ -172,6 +172,18 @@ def test_bad_utf8_late_in_the_input_goes_on_with_errors_replace(corpus, vocab, t
         prepare.prepare(*args, str(tmp_path / 'store'), corpora.Reader())
 
 
+def test_what_another_version_began_is_refused(corpus, vocab, tmp_path, monkeypatch):
+    text = tmp_path / 'late.txt'
+    text.write_bytes(corpus.read_bytes() + b'\nbad \xff\n')
+    args = [str(text)], str(vocab), str(tmp_path / 'store')
+    with monkeypatch.context() as other:
+        other.setattr(corpora, 'BLOCK_BYTES', 20_000)
+        with pytest.raises(UserError, match='--errors replace'):
+            prepare.prepare(*args, corpora.Reader())
+    with pytest.raises(UserError, match='another version'):
+        prepare.prepare(*args, corpora.Reader(errors='replace'))
+
+
 @pytest.mark.parametrize('kind', ['wordpiece', 'sentencepiece'])
 def test_bad_input_of_a_vocabulary_is_one_line_and_leaves_nothing(kind, corpus, tmp_path):
     output, bad = tmp_path / 'vocab', tmp_path / 'bad.txt'

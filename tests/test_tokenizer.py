@@ -1,4 +1,5 @@
 import json
+import string
 
 import numpy as np
 import pytest
@@ -18,11 +19,24 @@ SPECIALS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(max_size=60) | st.text(alphabet='aAéß ,.中한\u0301\u3000\t\u200bx9-', max_size=40))
-def test_cached_chunks_equal_the_library(vocab, text):
-    tok = tokenizer.load(vocab)
-    whole = tok._backend.encode(text, add_special_tokens=False).ids
-    assert tok.encode(text) == whole
+@given(text=st.text(max_size=60) | st.text(alphabet='aAéß ,.中한\u0301\u3000\t\u200bx9-', max_size=40)
+       | st.text(st.characters(max_codepoint=127), max_size=60) | st.text(alphabet='aZ0', min_size=95, max_size=105))
+def test_cached_chunks_equal_the_library(both_cases, text):
+    for tok in both_cases:
+        whole = tok._backend.encode(text, add_special_tokens=False).ids
+        assert tok.encode(text) == whole
+
+
+@pytest.fixture(scope='module')
+def both_cases(vocab, tmp_path_factory):
+    cased = tmp_path_factory.mktemp('cased')
+    letters = [prefix + letter for letter in string.ascii_letters + string.digits for prefix in ('', '##')]
+    return tokenizer.load(vocab), tokenizer.load(write(cased, [*SPECIALS, *letters, *string.punctuation, 'The', 'the']))
+
+
+def test_the_unknown_piece_may_have_its_other_name(tmp_path):
+    tok = tokenizer.load(write(tmp_path, ['<pad>', '<unk>', '<cls>', '<sep>', '<mask>', 'go']))
+    assert tok.encode('go, né') == [5, 1, 1]
 
 
 def test_batches_are_flat(vocab):

@@ -21,7 +21,7 @@ import pyarrow.parquet
 from bert_jax.cli import UserError, choose, first_line
 from bert_jax.data import stdlib
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20  # what a worker takes at a time
 LINE_BYTES = 1 << 20  # a longer line in one-sentence-a-line text is a mistake
 DOCUMENT_BYTES = 256 << 20
 SENTENCE_END = re.compile(

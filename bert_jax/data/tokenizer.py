@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ FILES = ('tokenizer.json', 'vocab.txt')  # and *.model, before either
 BERT_WORDPIECE = {'unk_token': '[UNK]', 'continuing_subword_prefix': '##', 'max_input_chars_per_word': 100,
                   'clean_text': True}
 CACHE_WORDS = 1_000_000  # about 150 MB
+ascii_words = re.compile('[A-Za-z0-9]+|.').findall  # how BERT cuts printable ASCII without spaces
 
 
 class Tokenizer:
@@ -59,14 +61,17 @@ class Tokenizer:
         else:
             self.word_starts = np.array([p.startswith('▁') for p in pieces])
         self.word_starts[list(self.special_ids)] = True
-        self._words = _WordCache(self._encode_word)
+        self._words = _WordCache(self._encode_chunk)
+        if kind == 'wordpiece':
+            self._wordpiece = backend.model
+            self._bytes_of = [row.tobytes() for row in np.arange(len(pieces), dtype=self.id_type)[:, None]]
 
     @property
     def vocab_size(self) -> int:
         """V, the number of entries; models pad it inside, files never show the padding."""
         return len(self.pieces)
 
-    @property
+    @functools.cached_property
     def lowercases(self) -> bool:
         """Whether a WordPiece tokenizer takes upper and lower case as one."""
         return self.kind == 'wordpiece' and json.loads(self._files['tokenizer_config.json'])['do_lower_case']
@@ -151,9 +156,15 @@ class Tokenizer:
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
 
-    def _encode_word(self, word: str) -> bytes:
-        ids = self._backend.encode(word, add_special_tokens=False).ids
-        return np.array(ids, self.id_type).tobytes()
+    def _encode_chunk(self, chunk: str) -> bytes:
+        """The bytes of a chunk's ids: of ASCII, whose rules are few, word by word, in half of the whole library's time."""
+        if not (chunk.isascii() and chunk.isprintable()):
+            ids = self._backend.encode(chunk, add_special_tokens=False).ids
+        elif len(words := ascii_words(chunk)) == 1:
+            ids = [token.id for token in self._wordpiece.tokenize(chunk.lower() if self.lowercases else chunk)]
+        else:
+            return b''.join(map(self._words.__getitem__, words))
+        return b''.join([self._bytes_of[i] for i in ids])
 
 
 def _with_accents(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -227,9 +238,7 @@ def _load_vocab(path: epath.Path) -> Tokenizer:
 
 
 def _wordpiece_tokenizer(pieces: list[str], options: dict[str, bool | None], source: str) -> Tokenizer:
-    backend = None
-    if '[UNK]' in pieces and len(set(pieces)) == len(pieces):
-        backend = wordpiece(pieces, **options)
+    backend = wordpiece(pieces, **options)
     files = {'vocab.txt': ('\n'.join(pieces) + '\n').encode(),
              'tokenizer_config.json': (json.dumps(options, indent=2, sort_keys=True) + '\n').encode()}
     return Tokenizer('wordpiece', pieces, backend, files, source)
@@ -238,8 +247,9 @@ def _wordpiece_tokenizer(pieces: list[str], options: dict[str, bool | None], sou
 def wordpiece(pieces: Sequence[str], do_lower_case: bool, strip_accents: bool | None,
               tokenize_chinese_chars: bool) -> tokenizers.Tokenizer:
     """BERT's own tokenization (clean, lower, split at spaces, punctuation and CJK; greedy pieces)."""
+    unknown = next((name for name in SPECIALS['unk'] if name in pieces), '[UNK]')
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(
-        {piece: i for i, piece in enumerate(pieces)}, unk_token='[UNK]', max_input_chars_per_word=100))
+        {piece: i for i, piece in enumerate(pieces)}, unk_token=unknown, max_input_chars_per_word=100))
     backend.normalizer = tokenizers.normalizers.BertNormalizer(
         lowercase=do_lower_case, strip_accents=strip_accents, handle_chinese_chars=tokenize_chinese_chars)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
