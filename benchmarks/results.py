@@ -23,14 +23,13 @@ CHOICE = 'multichoice/commonsenseqa_v1.0'
 WINDOW = ['--config.max_length=128', '--config.task.stride=96', '--config.epochs=2.0']  # as far as BERT-mini knows positions
 CONLL = ['--config.task.folder=$DATA/ner/conll2003', '--config.task.document_context=False', '--config.max_length=64']
 FROZEN = ['--config.task.lstm_size=384', '--config.schedule.peak=1e-3', '--config.epochs=1.0']
-PHASES = {'mini': '((2700,64,32),(900,128,16))', 'cased': '((7000,64,32),)'}
-PEAKS = {'mini': '5e-4', 'cased': '7e-4'}
+PHASES = {'mini': '((8000,64,16),(1000,128,8))', 'cased': '((7000,64,32),)'}
 PRETRAINING = {
     name: [['python', '-m', 'bert_jax.vocab', '--input', '"$DATA/pretrain/en_wiki/*.txt"', '--vocab_size', '8192', *lower, '--output', f'runs/vocab_{name}'],
            ['python', '-m', 'bert_jax.prepare', '--input', '"$DATA/pretrain/en_wiki/*.txt"', '--tokenizer', f'runs/vocab_{name}',
             '--output', f'runs/store_{name}'],
            ['python', '-m', 'bert_jax.pretrain', '--config', 'configs/pretrain.py:mini', f'--config.store=runs/store_{name}', *more,
-            f'"--config.phases={PHASES[name]}"', '--config.mask_rate=0.4', f'--config.schedule.peak={PEAKS[name]}', '--config.schedule.warmup_share=0.05',
+            f'"--config.phases={PHASES[name]}"', '--config.mask_rate=0.4', '--config.schedule.peak=7e-4', '--config.schedule.warmup_share=0.05',
             '--config.model.embeddings.dropout_rate=0.0', '--config.eval_every=1000', '--config.eval_examples=2048', '--workdir', f'runs/{name}']]
     for name, lower, more in (('mini', ['--lowercase', '--strip_accents'], []),
                               ('cased', [], ['--config.model.encoder.num_layers=6', '--config.model.embeddings.hidden_size=128',
