@@ -23,7 +23,7 @@ CHOICE = 'multichoice/commonsenseqa_v1.0'
 WINDOW = ['--config.max_length=128', '--config.task.stride=96', '--config.epochs=2.0']  # as far as BERT-mini knows positions
 CONLL = ['--config.task.folder=$DATA/ner/conll2003', '--config.task.document_context=False', '--config.max_length=64']
 FROZEN = ['--config.task.lstm_size=384', '--config.schedule.peak=1e-3', '--config.epochs=1.0']
-PHASES = {'mini': '((8000,64,16),(1000,128,8))', 'cased': '((7000,64,32),)'}
+PHASES = {'mini': '((10500,64,16),(1500,128,8))', 'cased': '((7000,64,32),)'}
 PRETRAINING = {
     name: [['python', '-m', 'bert_jax.vocab', '--input', '"$DATA/pretrain/en_wiki/*.txt"', '--vocab_size', '8192', *lower, '--output', f'runs/vocab_{name}'],
            ['python', '-m', 'bert_jax.prepare', '--input', '"$DATA/pretrain/en_wiki/*.txt"', '--tokenizer', f'runs/vocab_{name}',
