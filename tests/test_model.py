@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from models import D, L, P, V, batch, build, config, random_params
 
@@ -340,6 +341,12 @@ def test_initialisation_is_the_papers():
         else:
             assert abs(leaf).max() <= 0.04, path               # cut at two standard deviations of 0.02,
             assert leaf.size < 1000 or abs(leaf.std() - 0.0176) < 0.001, path  # which leaves this one
+    cut_normal = scipy.stats.truncnorm(-2, 2, scale=0.02)
+    entries = np.asarray(params['encoder']['layers']['mlp']['up']['kernel'])  # [N, D, F]
+    assert scipy.stats.kstest(entries.ravel(), cut_normal.cdf).pvalue > 0.01
+    for axis in range(entries.ndim):                               # neighbours, the next layer among them, do not know of each other
+        both = np.corrcoef(entries.ravel(), np.roll(entries, 1, axis).ravel())[0, 1]
+        assert abs(both) < 5 / np.sqrt(entries.size), axis
 
 
 def test_modules_are_plain_dataclasses():

@@ -157,7 +157,7 @@ class Tokenizer:
             (folder / name).write_bytes(content)
 
     def _encode_chunk(self, chunk: str) -> bytes:
-        """The bytes of a chunk's ids: of ASCII, whose rules are few, word by word, in half of the whole library's time."""
+        """The bytes of a chunk's ids. ASCII, whose rules are few, goes word by word: in half of the time."""
         if not (chunk.isascii() and chunk.isprintable()):
             ids = self._backend.encode(chunk, add_special_tokens=False).ids
         elif len(words := ascii_words(chunk)) == 1:
