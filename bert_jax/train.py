@@ -60,9 +60,10 @@ def make_init(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, 
 def state_shapes(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, frozen: tuple[str, ...] = ()
                  ) -> TrainState:
     """The shapes of a state; `batch` may be shapes, too."""
-    return jax.eval_shape(lambda batch: _fresh(model, tx, batch, jax.random.key(0), frozen), batch)
+    return _fresh.eval_shape(model, tx, batch, jax.random.key(0), frozen)
 
 
+@functools.partial(jax.jit, static_argnames=('model', 'tx', 'frozen'), inline=True)
 def _fresh(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, rng: jax.Array, frozen: tuple[str, ...]
            ) -> TrainState:
     params = model.init(rng, batch, train=False)['params']

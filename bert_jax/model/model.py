@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def build(config: ConfigDict) -> Model:
         raise UserError(f'hidden_size {embeddings.hidden_size} is not a multiple of num_heads {encoder.num_heads}.')
     targets = {name: _construct('target', TARGETS, {'name': name, **_without_weight(target)}, dtype)
                for name, target in config.targets.items()}
-    return Model(embeddings, encoder, Pooler(dtype), targets)
+    return Model(embeddings, encoder, Pooler(dtype), flax.core.freeze(targets))  # hashable, so that JAX traces it once
 
 
 def target_weights(config: ConfigDict) -> dict[str, float]:
