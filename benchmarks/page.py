@@ -24,14 +24,20 @@ SECTIONS = {  # title, what is aimed at, what the figures below come to and why
     'packed_128': ('Packing at length 128', 'Aim: 98 % real tokens (under "The input pipeline").',
                    'Real examples of the store: several in a row beside one in a row.'),
     'packed_512': ('Packing at length 512', '', ''),
-    'prepare': ('Text to token store', 'Aim: 8 MB/s.', ''),
+    'prepare': ('Text to token store', 'Aim: 8 MB/s.',
+                'At 60 MB every other word is seen for the first time in its process. Half of the time goes into looking words up, the rest into first '
+                'sights, other letters and starting ([log.md](log.md), 2026-11-27). Where products run at 0.19 TFLOP/s, 100 MB went at 12.3 MB/s, at commit '
+                'b7a9108.'),
     'pipeline': ('The input pipeline', 'Aims through tf.data: 100,000 sequences/s at 128, 25,000 at 512, half of that with whole words.',
                  'At 128 half of the first aim on this processor (104,000 on a faster one, at commit b7a9108): taking a batch out of tf.data, array by array, '
                  'competes with making the next for two cores and for the lock of Python ([log.md](log.md), 2026-11-27).'),
     'startup': ('From the command to the first step', 'Aims: 15 s, 8 s with a warm cache, 3 s for the import.',
-                'Since that commit tensorflow is imported beside the training, not before it ([log.md](log.md), 2026-11-27).'),
-    'predict': ('Prediction', '', 'Since that commit short texts share rows, which took 128 texts from 14.4 to 6.5 s ([log.md](log.md), 2026-11-27).'),
-    'finetune': ('Fine-tuning', 'Aim: 1.2 times `trainer`, which pads to the longest of a batch and groups by length.', ''),
+                'Of a cold start XLA takes 10 s to compile the step and 2.6 to compile the initialisation, Python 4 s to trace them '
+                'and 2 s to import; what did not shorten it: [log.md](log.md), 2026-11-27.'),
+    'predict': ('Prediction', '', 'Short texts share rows. The peer is shown with three sizes of batch.'),
+    'finetune': ('Fine-tuning', 'Aim: 1.2 times `trainer`, which pads to the longest of a batch and groups by length.',
+                 'Not reached where products run at 0.07 TFLOP/s: they take three quarters of a step, at 95 % of the peak, compilation takes a twentieth of the '
+                 'epoch, and the peer spends as little beside its products. What was tried: [log.md](log.md), 2026-11-22 and 2026-11-26.'),
 }
 HEADER = """# Benchmarks
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,11 @@ def test_killed_in_each_phase_and_during_a_save(store_path, pretrained, tmp_path
     args = command(store_path, work)
     kill_when(args, lambda: manifest(work, 2) and 4 in log_steps(work))        # phase 1
     assert max(log_steps(work)) <= PHASE_1
-    kill_when(args, lambda: any((work / 'checkpoints').glob('*6*')) and not manifest(work, 6))  # while saving step 6
+    for _ in range(5):  # a kill can come late where much else runs
+        kill_when(args, lambda: any((work / 'checkpoints').glob('*6*')) and not manifest(work, 6))  # while saving step 6
+        if not manifest(work, 6):
+            break
+        shutil.rmtree(work / 'checkpoints' / '00000006')
     assert not manifest(work, 6)
     kill_when(args, lambda: manifest(work, 8))                                 # phase 2
     assert not manifest(work, 10)
