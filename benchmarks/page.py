@@ -25,7 +25,7 @@ SECTIONS = {  # title, what is aimed at, what the figures below come to and why
                    'Real examples of the store: several in a row beside one in a row.'),
     'packed_512': ('Packing at length 512', '', ''),
     'prepare': ('Text to token store', 'Aim: 8 MB/s.',
-                'At 60 MB every other word is seen for the first time in its process. Half of the time goes into looking words up, the rest into first '
+                'In 60 MB each worker sees some 400,000 words for the first time. Half of its time goes into looking words up, the rest into first '
                 'sights, other letters and starting ([log.md](log.md), 2026-11-27). Where products run at 0.19 TFLOP/s, 100 MB went at 12.3 MB/s, at commit '
                 'b7a9108.'),
     'pipeline': ('The input pipeline', 'Aims through tf.data: 100,000 sequences/s at 128, 25,000 at 512, half of that with whole words.',
