@@ -66,6 +66,7 @@ def state_shapes(model: nn.Module, tx: optax.GradientTransformation, batch: Batc
 @functools.partial(jax.jit, static_argnames=('model', 'tx', 'frozen'), inline=True)
 def _fresh(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, rng: jax.Array, frozen: tuple[str, ...]
            ) -> TrainState:
+    """A state; jitted so that asking for its shapes and making it is one trace."""
     params = model.init(rng, batch, train=False)['params']
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(_split(params, frozen)[0]))
 
