@@ -1,6 +1,7 @@
 """Model = embeddings, encoder, targets; `build` makes it from a config."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -41,7 +42,7 @@ class Model(nn.Module):
     embeddings: nn.Module
     encoder: nn.Module
     pooler: nn.Module
-    targets: dict[str, nn.Module]
+    targets: Mapping[str, nn.Module]
 
     def __call__(self, batch: Batch, *, train: bool) -> dict[str, Batch]:
         """The outputs of every target."""
