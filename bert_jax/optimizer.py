@@ -37,7 +37,10 @@ def adamw(*, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: f
 
 def lamb(*, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float, bias_correction: bool
          ) -> optax.GradientTransformation:
-    """LAMB (You et al. 2020, algorithm 2): AdamW's direction times ||w|| / ||direction||, layer by layer."""
+    """LAMB (You et al. 2020, algorithm 2): AdamW's direction times ||w|| / ||direction||, layer by layer.
+
+    As in the authors' code, what is not decayed is not scaled either: a bias starts at 0, and would stay near it.
+    """
     return optax.chain(_clip(clip_norm), _adam(b1, b2, eps, bias_correction), _decay(weight_decay),
                        _trust_ratio())
 
@@ -114,6 +117,8 @@ def decay_mask(params: optax.Params) -> optax.Params:
 def _trust_ratio() -> optax.GradientTransformation:
     def scale(path: tuple, update: jax.Array, param: jax.Array) -> jax.Array:
         names = [key.key for key in path]
+        if names[-1] in NOT_DECAYED:
+            return update
         apart = {0} if STACKED in names else set()                         # each layer on its own,
         apart |= {param.ndim - 2} if JOINED in names else set()            # and query, key and value
         axes = tuple(sorted(set(range(param.ndim)) - apart))
