@@ -132,6 +132,7 @@ def model_config(found: dict[str, Any], sizes: dict[str, tuple[str, str]], activ
     model.embeddings.dropout_rate = model.encoder.dropout_rate
     model.encoder.activation = activation
     model.encoder.layer_outputs = ()
+    model.encoder.attention = 'auto'
     model.encoder.unroll = model.encoder.num_layers
     classes = {'num_classes': num_classes, 'dropout_rate': dropout_rate}
     options = {'mlm': {'vocab_size': model.embeddings.vocab_size, 'activation': activation},

@@ -48,7 +48,7 @@ def test_fused_attention_gives_the_same_losses_and_gradients(example, implementa
             return jax.jit(jax.value_and_grad(loss))(params)
 
     expected = value_and_gradient(plain)
-    monkeypatch.setattr(encoders, 'choose_attention', lambda _: 'cudnn')  # any but 'xla' goes the fused way
+    monkeypatch.setattr(encoders, 'choose_attention', lambda *_: 'cudnn')  # any but 'xla' goes the fused way
     monkeypatch.setattr(layers, 'fused_attention', functools.partial(as_implementation, implementation, layers.fused_attention))
     found = value_and_gradient(fused)
     tolerance = {'float32': {'rtol': 1e-5, 'atol': 1e-6}, 'bfloat16': {'rtol': 2e-2, 'atol': 2e-2}}[dtype]
@@ -69,7 +69,8 @@ def as_implementation(implementation, fused, query, key, value, mask, lengths, _
 def test_auto_takes_cudnn_where_it_can(attention, dropout, dtype, backend, chosen, monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     encoder = build(f'model.encoder.attention={attention}', f'model.encoder.attention_dropout_rate={dropout}', f'model.dtype={dtype}').encoder
-    assert encoder.dtype == jnp.dtype(dtype) and encoders.choose_attention(encoder) == chosen
+    assert encoder.dtype == jnp.dtype(dtype) and encoders.choose_attention(encoder, train=True) == chosen
+    assert encoders.choose_attention(encoder, train=False) == (chosen if dropout == 0 else 'cudnn')
 
 
 def test_what_cudnn_lacks_is_said(store_path, tmp_path):

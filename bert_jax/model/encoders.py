@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bert_jax import partition
 from bert_jax.cli import UserError, choose, unknown
-from bert_jax.model.layers import KEPT, Attention, Dropout, LayerNorm, Mlp
+from bert_jax.model.layers import DENSE, KEPT, Attention, Dropout, LayerNorm, Mlp
 
 
 @flax.struct.dataclass
@@ -102,7 +102,7 @@ class Transformer(nn.Module):
                         variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
                         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast))
         layer = stack(self.num_heads, self.mlp_size, self.activation, self.dropout_rate,
-                      self.attention_dropout_rate, choose_attention(self), tuple(self.layer_outputs), self.dtype,
+                      self.attention_dropout_rate, choose_attention(self, train), tuple(self.layer_outputs), self.dtype,
                       name='layers')
         hidden, layers = layer(x, mask, lengths, train)
         if 'hidden' in layers:
@@ -110,8 +110,10 @@ class Transformer(nn.Module):
         return Encoded(hidden, layers)
 
 
-def choose_attention(encoder: Transformer) -> str:
+def choose_attention(encoder: Transformer, train: bool) -> str:
     """'xla' or 'cudnn', which needs an NVIDIA GPU, 16 bits and no attention dropout; 'auto' takes it where it can.
+
+    Dropout is a matter of training: where it forbids 'cudnn' there, 'auto' still takes it to evaluate and predict.
 
     Raises:
       UserError: 'cudnn' is asked for where it cannot be.
@@ -120,10 +122,11 @@ def choose_attention(encoder: Transformer) -> str:
         raise unknown('attention', encoder.attention, ATTENTIONS)
     if encoder.attention == 'xla':
         return 'xla'
+    drops = encoder.attention_dropout_rate > 0 and (train or encoder.attention == 'cudnn')
     missing = [what for what, there in {
         'an NVIDIA GPU': jax.default_backend() == 'gpu',
         '--config.model.dtype=bfloat16': encoder.dtype.itemsize == 2,
-        '--config.model.encoder.attention_dropout_rate=0': encoder.attention_dropout_rate == 0}.items() if not there]
+        '--config.model.encoder.attention_dropout_rate=0': not drops}.items() if not there]
     if missing and encoder.attention == 'cudnn':
         raise UserError(f'attention=cudnn needs {" and ".join(missing)}; attention=auto takes it where it can.')
     return 'xla' if missing else 'cudnn'
@@ -132,8 +135,8 @@ def choose_attention(encoder: Transformer) -> str:
 ATTENTIONS = ('xla', 'cudnn', 'auto')
 REMAT = {
     'none': None,                                                               # everything is kept
-    'elementwise': jax.checkpoint_policies.save_only_these_names(KEPT),         # all but activations, dropout and norms
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,           # the outputs of dense layers
+    'elementwise': jax.checkpoint_policies.save_only_these_names(DENSE, KEPT),  # all but activations, dropout and norms
+    'dots': jax.checkpoint_policies.save_only_these_names(DENSE),               # the outputs of dense layers
     'full': jax.checkpoint_policies.nothing_saveable,                           # each layer's input alone
 }
 ENCODERS = {'transformer': Transformer}

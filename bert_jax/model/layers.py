@@ -18,7 +18,8 @@ from bert_jax import partition
 from bert_jax.metrics import Mean
 
 FEW_ROWS = 512  # of a product, whose gradient is then transposed on CPU
-KEPT = 'kept'  # what the backward pass cannot compute again cheaply: products, softmax, sums before a norm
+DENSE = 'dense'  # outputs of dense layers,
+KEPT = 'kept'    # and what else the backward pass cannot compute again cheaply: attention, sums before a norm
 INITIAL_DEVIATION = 0.02  # of weights (Devlin et al. 2019, their code's initializer_range)
 
 
@@ -36,6 +37,7 @@ def gelu(x: jax.Array, approximate: bool) -> jax.Array:
 
 
 def _gelu_backward(approximate: bool, x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    x = x.astype(jnp.float32)
     if approximate:
         scale, cubic = math.sqrt(2 / math.pi), 0.044715
         tanh = -jnp.tanh(-x * (scale + scale * cubic * x * x))
@@ -43,7 +45,7 @@ def _gelu_backward(approximate: bool, x: jax.Array, grad: jax.Array) -> tuple[ja
     else:
         below = 0.5 - 0.5 * jax.lax.erf(x * -math.sqrt(0.5))
         slope = below + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return (grad * slope,)
+    return ((grad * slope).astype(grad.dtype),)
 
 
 gelu.defvjp(lambda x, approximate: (gelu(x, approximate), x), _gelu_backward)
@@ -344,12 +346,12 @@ class Attention(nn.Module):
                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x [B, L, D], mask bool [B, 1, L, L] -> [B, L, D], and query, key, value [B, H, L, K]."""
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
-        query, key, value = (checkpoint_name(one, KEPT) for one in QueryKeyValue(heads, self.dtype, name='qkv')(x))
+        query, key, value = (checkpoint_name(one, DENSE) for one in QueryKeyValue(heads, self.dtype, name='qkv')(x))
         if self.implementation == 'xla':
             mixed = self._mix(query, key, value, mask, train)
         else:
             mixed = fused_attention(query, key, value, mask, lengths, self.implementation)
-        out = Output(self.dtype, name='out')(checkpoint_name(mixed, KEPT))
+        out = checkpoint_name(Output(self.dtype, name='out')(checkpoint_name(mixed, KEPT)), DENSE)
         return out, {'query': query, 'key': key, 'value': value}
 
     def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
@@ -371,9 +373,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> [B, L, D]."""
-        hidden = checkpoint_name(Dense(self.mlp_size, self.dtype, name='up')(x), KEPT)
+        hidden = checkpoint_name(Dense(self.mlp_size, self.dtype, name='up')(x), DENSE)
         hidden = ACTIVATIONS[self.activation](hidden)
-        return Dense(x.shape[-1], self.dtype, name='down')(hidden)
+        return checkpoint_name(Dense(x.shape[-1], self.dtype, name='down')(hidden), DENSE)
 
 
 def each_part(function: Callable, *args: jax.Array) -> jax.Array:
