@@ -196,6 +196,8 @@ class Checkpoints:
 
     def keep_best_params(self) -> None:
         """Deletes what a finished run needs no more: every step but the best, and the best one's optimizer state."""
+        if not any((self._folder / f'{step:08d}' / 'rest').exists() for step in self.steps()):
+            return
         best = self.best_whole()
         for step in self.steps() if best is not None else ():
             folder = self._folder / f'{step:08d}'

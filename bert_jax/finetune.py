@@ -37,7 +37,7 @@ from bert_jax import (
     train,
     workdir,
 )
-from bert_jax.cli import UserError, choose, unknown
+from bert_jax.cli import UserError, unknown
 from bert_jax.data import batches, encoded, examples, glue, packed, tasks
 from bert_jax.data.task import Task
 from bert_jax.model import model as models
@@ -97,7 +97,7 @@ class Job:
     def __init__(self, config: ConfigDict) -> None:
         self.source: Pretrained = pretrained.load(config.init_from)
         settings = {key: value for key, value in config.task.items() if key != 'name'}
-        self.task: Task = choose('task', tasks.TASKS, config.task.name)(**settings)
+        self.task: Task = tasks.read(config.task.name, settings)
         self.kind = tasks.KINDS[self.task.kind]
         for part in set(config.frozen) - {'embeddings', 'encoder', 'pooler'}:
             raise unknown('part for --config.frozen', part, ('embeddings', 'encoder', 'pooler'))
@@ -107,12 +107,17 @@ class Job:
         self.mesh = partition.make_mesh(config.mesh)
         self.packed = config.packed and HEADS[self.kind.target].uses_pooled
         self.encoded = self._encode(config)
+        self._data: dict[int, dict[str, encoded.Encoded]] = {}
         self._multiple = partition.data_devices(self.mesh) * config.accumulation
         data = self.data(config.batch_size)
         _print_task(config, self.task, self.kind.module.TOO_LONG, data)
+        seen = pretrained.longest_seen(self.source)
+        if 0 < seen < self.encoded['train'].longest.max():
+            print(f'note: {config.init_from} was trained on up to {seen} tokens; the positions after that are random. '
+                  f'--config.max_length={seen} stays within them.')
         self.model = models.build(self.model_config)
         self.tx = optimizer.make_optimizer(**config.optimizer)
-        example = data['train'].make(np.arange(1), 1)
+        example = data['train'].make(np.arange(1), config.batch_size)
         self.init = train.make_init(self.model, self.tx, example, self.mesh, frozen)
         state = jax.eval_shape(lambda: self.init(0))
         self.step = train.make_train_step(self.model, self.tx, self.mesh, config.accumulation, state, frozen)
@@ -120,12 +125,14 @@ class Job:
         if config.best:
             self._check_best(config)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the process
     def data(self, batch_size: int) -> dict[str, encoded.Encoded]:
         """Split -> its examples, packed in rows of the length that suits this batch size."""
         if not self.packed:
             return self.encoded
-        return {split: packed.pack(rows, batch_size, self._multiple) for split, rows in self.encoded.items()}
+        if batch_size not in self._data:
+            self._data[batch_size] = {split: packed.pack(rows, batch_size, self._multiple)
+                                      for split, rows in self.encoded.items()}
+        return self._data[batch_size]
 
     def _check_best(self, config: ConfigDict) -> None:
         """Scores the fresh model: a name that is no score is better found now than after an epoch."""
@@ -164,6 +171,7 @@ def describe_model(config: ConfigDict, source: ConfigDict, target: str, options:
     model = ConfigDict({'embeddings': source.embeddings, 'encoder': source.encoder, 'dtype': config.dtype,
                         'targets': targets}).copy_and_resolve_references()
     model.encoder.unroll = 1  # a loop over the layers: as fast, and compiled in a quarter of the time
+    model.encoder.remat = config.remat
     model.embeddings.dropout_rate = 0.0 if 'embeddings' in frozen else config.dropout_rate
     model.encoder.dropout_rate = 0.0 if 'encoder' in frozen else config.dropout_rate
     model.encoder.attention_dropout_rate = model.encoder.dropout_rate
@@ -246,6 +254,8 @@ def _best_params(checkpoints: checkpoint.Checkpoints, state: train.TrainState, p
 def _score(job: Job, split: str, batch_size: int, step: int, params: Any) -> dict[str, float]:
     """The scores of a dev split."""
     outputs, loss = _outputs(job, split, params, batch_size)
+    if not math.isfinite(loss):
+        raise train.Diverged(f'The loss on {split} is not finite at step {step}.')
     rows, module = job.task.splits[split], job.kind.module
     found = module.decode(job.task, rows, job.encoded[split], outputs)
     return {'loss': loss} | module.score(job.task, rows, outputs, found)

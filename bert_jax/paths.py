@@ -45,13 +45,14 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.resolve()
 
 
-def write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, content: str | bytes) -> None:
     """Writes a file that appears whole or not at all."""
+    content = content.encode() if isinstance(content, str) else content
     if is_remote(path):
-        path.write_text(text)
+        path.write_bytes(content)
     else:
         partial = path.with_name(path.name + '.partial')
-        partial.write_text(text)
+        partial.write_bytes(content)
         partial.replace(path)
 
 

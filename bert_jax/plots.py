@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from bert_jax import paths
 from bert_jax.metrics import read_log
 
 SCORES = ('/accuracy', '/matthews', '/spearman', '/f1', '/f1_micro', '/exact')
@@ -72,4 +73,4 @@ def _save(plt: Any, figure: Any, file: epath.Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=120)
     plt.close(figure)
-    file.write_bytes(buffer.getvalue())
+    paths.write_whole(file, buffer.getvalue())

@@ -1,5 +1,6 @@
 """Where pre-trained models come from: a workdir, a Hugging Face folder or hub name, a TF1 folder."""
 
+import os
 import pathlib
 import re
 
@@ -17,12 +18,13 @@ ARCHITECTURE = (('embeddings', ('name', 'vocab_size', 'hidden_size', 'max_length
                 ('encoder', ('name', 'num_layers', 'num_heads', 'mlp_size', 'activation')))
 
 
-def load(path: str) -> Pretrained:
+def load(path: str | os.PathLike) -> Pretrained:
     """The model that `path` names; of a workdir its best step, if it has a best, else its newest.
 
     Raises:
       UserError: nothing of a known kind there, or what is there is damaged or not a BERT.
     """
+    path = str(path)
     if (epath.Path(path) / 'sweep.json').exists():
         path = str(epath.Path(path) / 'runs' / paths.read_json(epath.Path(path) / 'sweep.json')['chosen'])
     if paths.is_remote(epath.Path(path)) or (epath.Path(path) / 'checkpoints').exists():
@@ -89,6 +91,11 @@ def check_fits(model: ConfigDict, source: Pretrained, path: str) -> None:
     if different:
         raise UserError(f'{path} is another architecture: {"; ".join(different)}. '
                         '--config.model.PART.KEY=VALUE changes the config.')
+
+
+def longest_seen(source: Pretrained) -> int:
+    """The tokens of the longest sequences that a pre-trained workdir's model was trained on; 0 where nobody says."""
+    return max((length for _, length, _ in source.about.get('config', {}).get('phases', ())), default=0)
 
 
 def size_in_bytes(model: Pretrained) -> int:

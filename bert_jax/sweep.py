@@ -1,7 +1,8 @@
 """Several fine-tuning runs in one process: the paper's grid, restarts, several checkpoints.
 
     workdir/runs/NAME/     each run, a workdir of its own, with its best parameters; its settings and scores in run.json
-    workdir/sweep.json     every run's scores, the chosen one and the score that chose it; mean and spread of each group
+    workdir/sweep.json     every run's scores, the chosen one, the best from each checkpoint, and the score that chose
+                           them; mean and spread of each group
     workdir/sweep.tsv      the same as a table; sweep.png: the dev score over steps
 
 A group is what differs by the seed alone; with one seed, the runs from one checkpoint. A run whose loss diverges
@@ -10,7 +11,7 @@ is left out, and says so.
 
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -96,7 +97,7 @@ def run_all(config: ConfigDict, path: str, runs: list[Run], make_job: Callable, 
             except train.Diverged as error:
                 done['failed'] = str(error)
             paths.write_json(work / 'run.json', done)
-            checkpoint.Checkpoints(work / 'checkpoints', best=done['score']).keep_best_params()
+        checkpoint.Checkpoints(work / 'checkpoints', best=done['score']).keep_best_params()
         score = done['score']
         if 'failed' in done:
             failed[name] = done['failed']
@@ -104,13 +105,17 @@ def run_all(config: ConfigDict, path: str, runs: list[Run], make_job: Callable, 
             results[name] = done['results']
     if not results:
         raise UserError(f'{path}: every run failed. {next(iter(failed.values()))}')
-    chosen = max(results, key=lambda name: results[name][score])
-    groups: dict[str, list[str]] = {}
-    for name, group, _ in runs:
-        if name in results:
-            groups.setdefault(group, []).append(name)
-    summary = {'score': score, 'chosen': chosen, 'failed': failed, 'runs': results, 'groups': {
-        group: {'runs': names, 'best': max(names, key=lambda name: results[name][score])} | {
+
+    def best(names: Iterable[str]) -> str:
+        return max(names, key=lambda name: results[name][score])
+
+    finished = [one for one in runs if one.name in results]
+    groups = {one.group: [other.name for other in finished if other.group == one.group] for one in finished}
+    sources = {source: best(one.name for one in finished if one.config.init_from == source)
+               for source in dict.fromkeys(one.config.init_from for one in finished)}
+    chosen = best(results)
+    summary = {'score': score, 'chosen': chosen, 'chosen_of': sources, 'failed': failed, 'runs': results, 'groups': {
+        group: {'runs': names, 'best': best(names)} | {
             word: of([results[name][score] for name in names]) for word, of in SUMMARY.items()}
         for group, names in groups.items()}}
     paths.write_json(folder / 'sweep.json', summary)
@@ -121,13 +126,14 @@ def run_all(config: ConfigDict, path: str, runs: list[Run], make_job: Callable, 
 
 
 def _table(summary: dict[str, Any]) -> str:
-    """A line a run, the chosen one marked with the score that chose it; then of each group every score's spread."""
+    """A line a run, the best from each checkpoint marked with the score that chose it; then each group's spreads."""
     results, chosen = summary['runs'], summary['chosen']
     names = [name for name, value in results[chosen].items()
              if isinstance(value, float) and all(name in found for found in results.values())]
     lines = [['run', 'chosen by', *names]]
     for run, found in results.items():
-        lines.append([run, summary['score'] if run == chosen else '', *(f'{found[name]:.4f}' for name in names)])
+        by = summary['score'] if run in summary['chosen_of'].values() else ''
+        lines.append([run, by, *(f'{found[name]:.4f}' for name in names)])
     lines += [[run, 'failed', *[''] * len(names)] for run in summary['failed']]
     for group, one in summary['groups'].items():
         for word, of in SUMMARY.items():
@@ -138,14 +144,16 @@ def _table(summary: dict[str, Any]) -> str:
 
 def _print_table(path: str, summary: dict[str, Any]) -> None:
     score, results, failed = summary['score'], summary['runs'], summary['failed']
+    marks = {run: f'  <- the best from {source}' for source, run in summary['chosen_of'].items()}
+    marks[summary['chosen']] = '  <- chosen'
     width = max(map(len, (*results, *failed)))
     print(f'\n{path}: {len(results) + len(failed)} runs (sweep.tsv, sweep.png)')
     for name, found in sorted(results.items(), key=lambda item: -item[1][score]):
-        print(f'  {name:<{width}}  {found[score]:.4f}' + ('  <- chosen' if name == summary['chosen'] else ''))
+        print(f'  {name:<{width}}  {found[score]:.4f}{marks.get(name, "")}')
     for name, why in failed.items():
         print(f'  {name:<{width}}  failed: {why} (its folder deleted, it is tried again.)')
     for group, one in summary['groups'].items():
         if len(one['runs']) > 1:
             print(f'  {group}, {score}: mean {one["mean"]:.4f}, standard deviation {one["standard_deviation"]:.4f}, '
                   f'median {one["median"]:.4f}, {one["lowest"]:.4f} to {one["highest"]:.4f}')
-    print('  chosen by the dev split.')
+    print(f'  chosen by {score}, of the best checkpoint of each run.')

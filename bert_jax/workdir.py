@@ -22,7 +22,7 @@ from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 
 # Where and how a run is computed, not what: these may change when it goes on.
-MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'eval_batch_size', 'model.encoder.unroll',
+MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'eval_batch_size', 'remat', 'model.encoder.unroll',
            'model.encoder.remat', 'model.encoder.attention')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tokenizers', 'sentencepiece')
 

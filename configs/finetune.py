@@ -47,7 +47,8 @@ def get_config(task='classification'):
     c.seed = 0
     c.seeds = 1                     # restarts: seed, seed + 1, ...
     c.sweep = ''                    # 'paper': the grid below
-    c.grid = ConfigDict({'batch_size': (16, 32), 'peak': (5e-5, 3e-5, 2e-5), 'epochs': (2, 3, 4)})
+    peaks = (5e-5, 4e-5, 3e-5, 2e-5) if task in GLUE else (5e-5, 3e-5, 2e-5)
+    c.grid = ConfigDict({'batch_size': (16, 32), 'peak': peaks, 'epochs': (2, 3, 4)})
     c.task = ConfigDict({'name': READERS.get(task, task), **TASKS[task]})
     c.max_length = paper['max_length']
     c.packed = True                 # classes, numbers, choices: several short texts share a row
@@ -62,6 +63,7 @@ def get_config(task='classification'):
                               'clip_norm': 1.0, 'bias_correction': True})
     c.schedule = ConfigDict({'peak': paper['peak'], 'warmup_share': 0.1})
     c.accumulation = 1
+    c.remat = 'none'                # or elementwise, dots, full: less memory, more work (docs/pods.md)
     c.mesh = (-1, 1, 1)
     c.best = ''                     # the score whose best checkpoint is kept; '': the task's own, on dev
     c.evals_per_epoch = 1

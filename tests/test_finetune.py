@@ -93,6 +93,14 @@ def test_restarts_from_a_workdir_begin_with_the_same_weights(pretrained, tmp_pat
     assert both['runs']['seed1']['dev/loss'] == json.loads((tmp_path / 'second' / 'results.json').read_text())['dev/loss']
 
 
+def test_positions_that_pretraining_never_saw_are_said_and_remat_is_this_runs_own(pretrained, tmp_path, capfd):
+    train = write(tmp_path / 'train.csv', [(f'{text} ' * (25 if i else 1), label) for i, (text, label) in enumerate(rows(30))])
+    for length, said in ((96, False), (128, True)):
+        job = finetune.Job(load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full'))
+        assert ('was trained on up to 96 tokens' in capfd.readouterr().out) == said
+    assert job.model_config.encoder.remat == 'full' and job.source.model.encoder.remat == 'none'
+
+
 def test_predicting_classes_from_arguments_files_and_python(tuned, tmp_path):
     work, _ = tuned
     texts = [text for text, _ in rows(20, 2)]

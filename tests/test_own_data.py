@@ -47,15 +47,24 @@ def test_questions_on_passages_in_any_table(suffix, tmp_path):
     found = spans.read(str(write(tmp_path / f's{suffix}', records)), **names)
     assert [(q.id, q.text, q.passage, q.answers, q.labelled) for q in found] == [
         ('a', 'who?', 'he or she', (('she', 6),), True), ('b', 'why?', 'no', (), True), ('c', 'what?', 'on on', (('on', 0),), True)]
-    (unlabelled, *_) = spans.read(str(write(tmp_path / f'u{suffix}', [{'question': 'q', 'passage': 'p'}])))
+    file = str(write(tmp_path / f'u{suffix}', [{'question': 'q', 'passage': 'p'}]))
+    (unlabelled,) = spans.read(file, labelled=False)
     assert not unlabelled.labelled and unlabelled.id.endswith(f'u{suffix}:{1 if suffix == ".jsonl" else 2}')
+    with pytest.raises(UserError, match="no column 'answer'; there are: question, passage"):
+        spans.read(file)
+    for name in ('answer_start_column', 'id_column'):  # misspelled is not missing
+        with pytest.raises(UserError, match="no column 'nubmer'; there are: q, text, said, at, number"):
+            spans.read(str(tmp_path / f's{suffix}'), **(names | {name: 'nubmer'}))
 
 
 @pytest.mark.parametrize('suffix', ['.csv', '.tsv', '.jsonl'])
 def test_choices_in_any_table(suffix, tmp_path):
-    file = write(tmp_path / f'c{suffix}', [{'stem': 'x', 'A': 'a', 'B': 'b', 'C': 'c', 'right': 2}, {'stem': 'y', 'A': 'd', 'B': 'e', 'C': None, 'right': None}])
+    file = write(tmp_path / f'c{suffix}', [{'stem': 'x', 'A': 'a', 'B': 'b', 'C': 'c', 'right': 2}, {'stem': 'y', 'A': 'd', 'B': 'e', 'C': None, 'right': 1}])
     found = choices.read(str(file), 'plain', context_column='stem', choice_columns=('A', 'B', 'C'), label_column='right')
-    assert [(q.context, q.choices, q.label) for q in found] == [('x', ('a', 'b', 'c'), 2), ('y', ('d', 'e'), None)]
+    assert [(q.context, q.choices, q.label) for q in found] == [('x', ('a', 'b', 'c'), 2), ('y', ('d', 'e'), 1)]
+    assert [q.label for q in choices.read(str(file), 'plain', labelled=False, context_column='stem', choice_columns=('A', 'B', 'C'))] == [None, None]
+    with pytest.raises(UserError, match="no column 'label'"):
+        choices.read(str(file), 'plain', context_column='stem', choice_columns=('A', 'B', 'C'))
     with pytest.raises(UserError, match="no column 'choices'; there are: stem, A, B, C, right"):
         choices.read(str(file), 'plain')
 
@@ -96,7 +105,7 @@ SQUAD = {'data': [{'paragraphs': [{'context': 'b c', 'qas': []}]}]}
     ('span', '.jsonl', '{"question": null, "passage": "a", "answer": "a"}\n', (), ('bad.jsonl:1', 'question is null')),
     ('span', '.csv', 'question,passage,answer\na,b c,c\n', ('task.n_best=0',), ('n_best=0', 'one or more')),
     ('span', '.json', json.dumps({'data': [{'paragraphs': [{'context': 'b \ud83d', 'qas': []}]}]}), (), ('bad.json', 'surrogate')),
-    ('choice', '.jsonl', '{"context": "a", "choices": ["b", null, "c"], "label": 0}\n', (), ('bad.jsonl:1', 'a choice is null')),
+    ('choice', '.jsonl', '{"context": "a", "choices": ["b", null, "c"], "label": 0}\n', (), ('bad.jsonl:1', 'choice 1 is empty')),
     ('commonsenseqa', '.jsonl', '{"question": {"stem": null, "choices": [{"label": "A", "text": "a"}]}}\n', (), ('bad.jsonl:1', 'stem is null')),
     ('multilabel', '.csv', 'text,label\na,x y\nb,z\n', ("task.labels=('x','y')",), ('bad.csv:3', "'z'", 'x, y')),
     ('span', '.csv', 'question,passage,answer,answer_start\na,b c,c,two\n', (), ('bad.csv:2', "answer_start 'two' is not a whole number")),
@@ -107,6 +116,11 @@ SQUAD = {'data': [{'paragraphs': [{'context': 'b c', 'qas': []}]}]}
     ('choice', '.csv', 'context,a,b,label\nx,y,z,2\n', ("task.choice_columns=('a',)",), ('bad.csv:2', 'several columns')),
     ('commonsenseqa', '.jsonl', json.dumps({'answerKey': 'C', 'question': {'stem': 's', 'choices': [
         {'label': 'A', 'text': 'a'}, {'label': 'B', 'text': 'b'}]}}) + '\n', (), ('bad.jsonl:1', "answerKey 'C'", 'A, B')),
+    ('commonsenseqa', '.jsonl', json.dumps({'answerKey': 'C', 'question': {'stem': 's', 'choices': [
+        {'label': 1, 'text': 'a'}, {'label': 2, 'text': 'b'}]}}) + '\n', (), ('bad.jsonl:1', "answerKey 'C'", '1, 2')),
+    ('choice', '.csv', 'context,a,b,label\nx,y,z,\n', ("task.choice_columns=('a','b')",), ('bad.csv:2', 'no label')),
+    ('classification', '.csv', 'text,label\na,x\n', ('task.name=cola',), ('--config.task.name=cola', 'configs/finetune.py:cola')),
+    ('tagging', '.conll', 'a O\nNew York\tB-X\n', (), ('bad.conll:2', '3 columns where the first line has 2')),
     ('commonsenseqa', '.jsonl', '{"question": "why"}\n', (), ('bad.jsonl:1', 'question.stem')),
     ('swag', '.csv', 'sent1,ending0,ending1,label\na,b,c,0\n', (), ('bad.csv:2', "no column 'sent2'")),
     ('swag', '.csv', 'sent1,sent2,ending0,ending1,label\na,b,c,d,one\n', (), ('bad.csv:2', "label 'one' is not a whole number")),
@@ -147,9 +161,15 @@ def test_a_test_file_without_labels_is_predicted_and_not_scored(name, test, mode
     ('tagging', 'w1 N O\nw11 N B-NEW\n', "test.conll:2: tag 'B-NEW' of 'w11' is not in the label set"),
     ('tagging', 'w1\nw11\n', "test.conll:1: 'w1' is not a tag"), ('regression', 'text,label\nw1,?\n', "test.csv:2: label '?' is not a number"),
     ('classification', 'text,label\nw1,a\nw2,-1\n', "test.csv:3: label '-1' is not in the label set: a, b, c"),
-    ('classification', 'text,label\nw1,a\nw2,\n', 'test.csv:3: no label'), ('classification', 'text,label\nw1,\nw2,\n', None)])
+    ('classification', 'text,label\nw1,a\nw2,\n', 'test.csv:3: no label'), ('classification', 'text,label\nw1,\nw2,\n', 'test.csv:2: no label'),
+    ('classification', 'text,lable\nw1,a\n', "test.csv:2: no column 'label'; there are: text, lable"),
+    ('classification', '{"text": "w1", "label": "a"}\n{"text": "w2", "label": null}\n', 'test.jsonl:2: no label'),
+    ('choice', '{"context": "w1", "choices": ["w2", "w3"], "label": 1}\n', ''),
+    ('choice', '{"context": "w1", "choices": ["w2", "w3"], "label": -1}\n', 'test.jsonl:1: label -1 is none of the 2 choices'),
+    ('span', '{"question": "w1", "passage": "w2 w3", "answer": "w3"}\n', ''),
+    ('span', '{"question": "w1", "passage": "w2 w3", "answer": null}\n', 'test.jsonl: no answers in it')])
 def test_a_test_file_with_labels_is_scored_and_what_is_none_is_said(name, test, note, tmp_path):
-    file = tmp_path / f'test{".conll" if name == "tagging" else ".csv"}'
+    file = tmp_path / f'test{".conll" if name == "tagging" else ".jsonl" if test[0] == "{" else ".csv"}'
     file.write_text(test)
     settings = cli.load_config(f'configs/finetune.py:{name}', []).task.to_dict() | make(name, tmp_path) | {'test_file': str(file)}
     task = tasks.TASKS[settings.pop('name')](**settings)

@@ -179,7 +179,16 @@ def test_the_contract_of_every_task(name, tmp_path, model):
             assert task.best in kind.module.score(task, rows, outputs, found)
         if split in task.submission:
             file, content = glue.submission(task, split, found)
-            assert file.endswith('.tsv') and len(content.splitlines()) == len(rows) + 1
+            lines = [line.split('\t') for line in content.splitlines()]
+            assert lines[0] == ['index', 'prediction'] and [index for index, _ in lines[1:]] == [str(i) for i in range(len(rows))]
+            assert file == SUBMITTED[name][split] and {said for _, said in lines[1:]} <= ({*SAID.get(name, '01')} if name != 'stsb' else {
+                f'{number / 1000:.3f}' for number in range(5001)})
+
+
+SUBMITTED = {name: {'test': f'{file}.tsv'} for name, file in {
+    'cola': 'CoLA', 'sst2': 'SST-2', 'mrpc': 'MRPC', 'stsb': 'STS-B', 'qqp': 'QQP', 'qnli': 'QNLI', 'rte': 'RTE', 'wnli': 'WNLI'}.items()} | {
+        'mnli': {'test': 'MNLI-m.tsv', 'test_mismatched': 'MNLI-mm.tsv', 'test_diagnostic': 'AX.tsv'}}  # what GLUE's server takes
+SAID = {'mnli': ('entailment', 'neutral', 'contradiction'), **dict.fromkeys(('qnli', 'rte'), ('entailment', 'not_entailment'))}
 
 
 def published(name, folder, count=16):
@@ -366,6 +375,8 @@ def test_an_answer_that_cuts_a_word_moves_to_the_nearest_whole_one(model):
     first, last = spans.token_span(question(passage, ('w1', 0)), offsets)
     assert (first, last) == (2, 2)
     assert spans.token_span(question(passage, ('w', 0), ('w3', 11)), offsets) == (3, 3)  # another of its answers is whole
+    far = question('w11 w2 w3 w4 w5 w6 w1', ('w1', 0), ('w11', 0))
+    assert spans.token_span(far, tok.encode_with_offsets(far.passage)[1]) == (0, 0)  # there, before the first's text far away
     assert spans.token_span(question(passage, ('11 w22', 1)), offsets) == (0, 1)  # none is: what it touches
 
 
@@ -436,11 +447,21 @@ def test_columns_end_at_spaces_and_tabs_alone(tmp_path):
     assert row.words == ('10\u00a0000',) and row.tags == ('B-NUM',)
 
 
+def test_documents_begin_at_docstart_and_context_stays_within_them(tmp_path, model):
+    (tmp_path / 'a.conll').write_text('-DOCSTART- -X-\n\nw1 O\n\nw2 O\n\n-DOCSTART- -X-\n\nw3 O\n\nw4 O\nw5 O\n')
+    rows = tags.read(str(tmp_path / 'a.conll'), '', '', 'iob2')
+    assert [(row.words, row.document) for row in rows] == [(('w1',), 1), (('w2',), 1), (('w3',), 2), (('w4', 'w5'), 2)]
+    tok, task = tokenizer.load(model), Task('tagging', {}, ('O', 'B-X'), settings={'document_context': True})
+    data = tags.encode(task, rows, tok, 32, (32,))
+    read = [tok.decode(data.ids[a + 1:b - 1].tolist()) for a, b in itertools.pairwise(data.starts)]
+    assert read == ['w1 w2', 'w1 w2', 'w3 w4 w5', 'w3 w4 w5']
+
+
 def test_long_texts_and_sets_of_labels(tmp_path):
-    (tmp_path / 'a.csv').write_text(f'text,label\n{"w " * 100_000},b a\nw,"a,b"\nw,c\n')
+    (tmp_path / 'a.csv').write_text(f'text,label\n{"w " * 100_000},"b ,a"\nw,"a,b"\nw,the c\n')
     task = tasks.TASKS['multilabel'](train_file=str(tmp_path / 'a.csv'), dev_file=str(tmp_path / 'a.csv'), test_file='', text_column='text',
                                      text_pair_column='', label_column='label', labels=(), dev_share=0.1)
-    assert [row.label for row in task.splits['train']] == [('a', 'b'), ('a', 'b'), ('c',)]
+    assert [row.label for row in task.splits['train']] == [('a', 'b'), ('a', 'b'), ('the c',)]  # with commas, names may have spaces
     assert len(task.splits['train'][0].text) == 200_000
 
 
@@ -472,7 +493,7 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
         assert runs[found['best']]['dev/accuracy'] == max(pair)
     assert len(summary['groups']) == 4 and len({found['mean'] for found in summary['groups'].values()}) > 1
     assert results['dev/accuracy'] == max(values) == runs[summary['chosen']]['dev/accuracy']
-    assert 'chosen by the dev split' in capfd.readouterr().out
+    assert 'chosen by dev/accuracy' in capfd.readouterr().out
     with (tmp_path / 'work' / 'sweep.tsv').open() as file:
         lines = {line['run']: line for line in csv.DictReader(file, delimiter='\t')}
     assert [run for run, line in lines.items() if line['chosen by']] == [summary['chosen']]
@@ -517,6 +538,12 @@ def test_a_sweep_compiles_each_shape_once_and_takes_several_checkpoints(model, t
                   for step in range(job.data(size)['train'].steps(size))}
         assert job.step._cache_size() == len(shapes) >= 2
     assert {run[:2] for run in summary['runs']} == {'1-', '2-'}
+    with (tmp_path / 'work' / 'sweep.tsv').open() as lines:
+        marked = {line['run'] for line in csv.DictReader(lines, delimiter='\t') if line['chosen by']}
+    assert marked == set(summary['chosen_of'].values()) and list(summary['chosen_of']) == [str(model), str(other)]
+    for which, run in zip('12', summary['chosen_of'].values()):
+        assert summary['runs'][run]['dev/accuracy'] == max(
+            found['dev/accuracy'] for name, found in summary['runs'].items() if name[0] == which == run[0])
     best = {which: max(found['dev/accuracy'] for run, found in summary['runs'].items() if run.startswith(which)) for which in ('1-', '2-')}
     assert summary['runs'][summary['chosen']]['dev/accuracy'] == max(best.values())
 

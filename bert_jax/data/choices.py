@@ -34,24 +34,28 @@ class Question:
     where: str
 
 
-def read(file: str, form: str, **columns: Any) -> list[Question]:
+def read(file: str, form: str, labelled: bool = True, **columns: Any) -> list[Question]:
     """Questions of a file.
 
     Args:
       file: its path.
       form: 'swag' (its CSV: sent1, sent2, ending0.., label), 'commonsenseqa' (its JSON lines), or 'plain': a table
         (.csv, .tsv, .jsonl).
+      labelled: whether each question must say which choice is right; else none is looked for.
       columns: of the plain format: context_column; choice_columns, one that holds a list or one for each choice,
         empty where a question has fewer; label_column, the right choice's number from 0. Without names they are
         called 'context', 'choices' and 'label'.
 
     Raises:
-      UserError: a missing column, fewer than two choices, a label that is none of them (file and line), no question.
+      UserError: a missing column, fewer than two choices, an empty one, no label, a label that is none of them (file
+        and line), no question.
     """
-    questions = list(choose('format', FORMATS, form)(file, **columns))
+    questions = list(choose('format', FORMATS, form)(file, labelled, **columns))
     for question in questions:
         if len(question.choices) < 2:
             raise UserError(f'{question.where}: {len(question.choices)} choices; two or more are expected.')
+        if labelled and question.label is None:
+            raise UserError(f'{question.where}: no label.')
         if question.label is not None and not 0 <= question.label < len(question.choices):
             raise UserError(f'{question.where}: label {question.label} is none of the {len(question.choices)} choices.')
     if not questions:
@@ -62,41 +66,44 @@ def read(file: str, form: str, **columns: Any) -> list[Question]:
 ENDING = re.compile(r'ending\d+')
 
 
-def _swag(file: str) -> Iterator[Question]:
+def _swag(file: str, labelled: bool) -> Iterator[Question]:
     for where, record in tables.read_table(file):
         names = sorted((name for name in record if ENDING.fullmatch(name)), key=lambda name: int(name[len('ending'):]))
-        start, endings = tables.text(where, record, 'sent2'), _fewer([record[name] for name in names])
+        start, endings = tables.text(where, record, 'sent2'), _fewer(where, [record[name] for name in names])
         yield Question(tables.text(where, record, 'sent1'), tuple(f'{start} {ending}'.strip() for ending in endings),
-                       _label(where, record, 'label'), where)
+                       _label(where, record, 'label') if labelled else None, where)
 
 
-def _fewer(choices: list[Any]) -> list[Any]:
+def _fewer(where: str, choices: list[Any]) -> list[Any]:
     """Without the empty ones at the end, of a question that has fewer than others."""
-    while choices and (choices[-1] is None or not str(choices[-1]).strip()):
-        choices.pop()
-    return choices
+    empty = [choice is None or not str(choice).strip() for choice in choices]
+    while empty and empty[-1]:
+        empty.pop()
+    if any(empty):
+        raise UserError(f'{where}: choice {empty.index(True)} is empty, but not those after it.')
+    return choices[:len(empty)]
 
 
 def _label(where: str, record: dict[str, Any], name: str) -> int | None:
-    value = record.get(name)
+    value = tables.column(where, record, name)
     return None if value in (None, '') else tables.whole(where, name, value)
 
 
-def _commonsenseqa(file: str) -> Iterator[Question]:
+def _commonsenseqa(file: str, labelled: bool) -> Iterator[Question]:
     for where, record in tables.read_table(file):
         try:
             choices = record['question']['choices']
             names = [choice['label'] for choice in choices]
             texts = tuple(tables.text(where, choice, 'text') for choice in choices)
-            stem, key = tables.text(where, record['question'], 'stem'), record.get('answerKey')
+            stem, key = tables.text(where, record['question'], 'stem'), record.get('answerKey') if labelled else None
         except (KeyError, TypeError) as error:
             raise UserError(f'{where}: question.stem and question.choices [label, text] are expected.') from error
         if key and key not in names:
-            raise UserError(f'{where}: answerKey {key!r} is none of the choices: {", ".join(names)}.')
+            raise UserError(f'{where}: answerKey {key!r} is none of the choices: {", ".join(map(str, names))}.')
         yield Question(stem, texts, names.index(key) if key else None, where)
 
 
-def _plain(file: str, *, context_column: str = 'context', choice_columns: Sequence[str] = ('choices',),
+def _plain(file: str, labelled: bool, *, context_column: str = 'context', choice_columns: Sequence[str] = ('choices',),
            label_column: str = 'label') -> Iterator[Question]:
     for where, record in tables.read_table(file):
         found = [tables.column(where, record, name) for name in choice_columns]
@@ -105,8 +112,9 @@ def _plain(file: str, *, context_column: str = 'context', choice_columns: Sequen
             if not isinstance(found, list):
                 raise UserError(f'{where}: {choice_columns[0]} is not a list; --config.task.choice_columns takes the '
                                 'names of several columns too, one for each choice.')
-        texts = tuple(tables.as_text(where, 'a choice', choice) for choice in _fewer(list(found)))
-        yield Question(tables.text(where, record, context_column), texts, _label(where, record, label_column), where)
+        texts = tuple(tables.as_text(where, 'a choice', choice) for choice in _fewer(where, list(found)))
+        label = _label(where, record, label_column) if labelled else None
+        yield Question(tables.text(where, record, context_column), texts, label, where)
 
 
 FORMATS = {'swag': _swag, 'commonsenseqa': _commonsenseqa, 'plain': _plain}

@@ -148,7 +148,7 @@ def _from_file(path: str, layout: Layout, split: str, skipped: list[str]) -> Ite
 
 def _from_tfds(name: str, layout: Layout, split: str) -> Iterator[Row]:
     records = corpora.tfds_records(name, split)  # in an order of TFDS' own
-    for number, (record, names) in enumerate(sorted(records, key=lambda found: int(found[0]['idx']))):
+    for number, (record, names) in enumerate(sorted(records, key=lambda found: int(found[0].get('idx', 0)))):
         missing = [feature for feature in layout.features if feature not in record]
         if missing:
             raise UserError(f'tfds:{name}: no {missing[0]!r} in it; there are: {", ".join(record)}.')

@@ -76,7 +76,6 @@ def _next_sentence(split: Split, key: int, budget: int, target: np.ndarray) -> n
     def step(document: np.ndarray, first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         count = stop - first
         cut = first + 1 + draws.below(draws.bits64(key, CUT, first), np.maximum(count - 1, 1))
-        cut = np.where(count == 1, first + 1, cut)
         is_random = (count == 1) | draws.chance(draws.bits64(key, RANDOM, first), 0.5)
         b_first, b_stop = _random_b(split, key, document, first, target[document] - (starts[cut] - starts[first]))
         b_first, b_stop = np.where(is_random, b_first, cut), np.where(is_random, b_stop, stop)

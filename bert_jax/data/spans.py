@@ -42,18 +42,21 @@ class Question:
     where: str
 
 
-def read(file: str, **columns: str) -> list[Question]:
+def read(file: str, labelled: bool = True, **columns: str) -> list[Question]:
     """Questions of a SQuAD 1.1 or 2.0 file (.json), or of a table (.csv, .tsv, .jsonl).
 
     Args:
       file: its path.
-      columns: of a table, question_column, passage_column, answer_column (null or nothing where there is none),
-        answer_start_column and id_column, which may be missing; without names they are called as they are here.
+      labelled: whether answers are known; else none is looked for.
+      columns: of a table, question_column, passage_column, answer_column (null or nothing where there is none), and
+        answer_start_column and id_column, which may be missing under their own names; without names they are called
+        as they are here.
 
     Raises:
-      UserError: not the format, an answer that is not in its passage (file and id or line), no question.
+      UserError: not the format, a missing column, an answer that is not in its passage (file and id or line), no
+        question.
     """
-    questions = list(_squad(file) if file.endswith('.json') else _from_table(file, **columns))
+    questions = list(_squad(file, labelled) if file.endswith('.json') else _from_table(file, labelled, **columns))
     if not questions:
         raise UserError(f'{file}: no questions in it.')
     seen = set()
@@ -67,7 +70,7 @@ def read(file: str, **columns: str) -> list[Question]:
     return questions
 
 
-def _squad(file: str) -> Iterator[Question]:
+def _squad(file: str, labelled: bool) -> Iterator[Question]:
     with tables.open_text(file) as lines:
         try:
             content = lines.read()
@@ -76,23 +79,27 @@ def _squad(file: str) -> Iterator[Question]:
             for article in articles:
                 for paragraph in article['paragraphs']:
                     for qa in paragraph['qas']:
-                        given = () if qa.get('is_impossible') else qa.get('answers', ())
+                        if labelled and 'answers' not in qa:
+                            raise UserError(f'{file}, question {qa["id"]}: no answers.')
+                        given = qa['answers'] if labelled and not qa.get('is_impossible') else ()
                         answers = tuple((answer['text'], operator.index(answer['answer_start'])) for answer in given)
                         for text in (qa['question'], paragraph['context'], *(text for text, _ in answers)):
                             if not isinstance(text, str):
                                 raise ValueError(f'{text!r} where a text is expected, question {qa["id"]}')
-                        yield Question(str(qa['id']), qa['question'], paragraph['context'], answers,
-                                       'answers' in qa, f'{file}, question {qa["id"]}')
+                        yield Question(str(qa['id']), qa['question'], paragraph['context'], answers, labelled,
+                                       f'{file}, question {qa["id"]}')
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{file}: not a SQuAD file ({type(error).__name__}: {error}).') from error
 
 
-def _from_table(file: str, *, question_column: str = 'question', passage_column: str = 'passage',
+def _from_table(file: str, labelled: bool, *, question_column: str = 'question', passage_column: str = 'passage',
                 answer_column: str = 'answer', answer_start_column: str = 'answer_start', id_column: str = 'id'
                 ) -> Iterator[Question]:
     for where, record in tables.read_table(file):
         question, passage = (tables.text(where, record, name) for name in (question_column, passage_column))
-        answer, start = record.get(answer_column), record.get(answer_start_column)
+        answer = tables.column(where, record, answer_column) if labelled else None
+        start = _optional(where, record, answer_start_column, 'answer_start') if labelled else None
+        id_ = _optional(where, record, id_column, 'id')
         if answer is not None and not isinstance(answer, str):
             raise UserError(f'{where}: the answer {answer!r} is not a text.')
         answers = ()
@@ -101,7 +108,12 @@ def _from_table(file: str, *, question_column: str = 'question', passage_column:
             if start < 0:
                 raise UserError(f'{where}: the answer {answer!r} is not in the passage.')
             answers = ((answer, start),)
-        yield Question(str(record.get(id_column, where)), question, passage, answers, answer_column in record, where)
+        yield Question(where if id_ is None else str(id_), question, passage, answers, labelled, where)
+
+
+def _optional(where: str, record: dict[str, Any], name: str, usual: str) -> Any:
+    """A column that may be missing, unless somebody gave it another name than the usual one."""
+    return record.get(name) if name == usual else tables.column(where, record, name)
 
 
 def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
@@ -111,7 +123,7 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
     token_labels hold what `decode` needs: offsets into the passage, and where a token has its widest context.
     """
     made, owners, starts, ends, begins, finishes, widest, truncated, lost = [], [], [], [], [], [], [], 0, 0
-    passage, ids, offsets = None, [], []
+    passage, ids, offsets, apart = None, [], [], 0
     for number, question in enumerate(rows):
         asked = tokenizer.encode(question.text)
         truncated += len(asked) > task.settings['max_query_length']
@@ -125,7 +137,7 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
             raise UserError(f'max_length {max_length} leaves no room for a passage beside questions of '
                             f'{task.settings["max_query_length"]} tokens.')
         spans = list(windows(len(ids), size, task.settings['stride']))
-        before = len(asked) + 2
+        before, apart = len(asked) + 2, apart + (len(spans) > 1 and task.settings['stride'] >= size)
         lost += bool(question.answers) and not any(
             first is not None and begin <= first and last < end for begin, end in spans)
         for begin, end in spans:
@@ -142,11 +154,14 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
     return encoded.collect(
         made, {'start_positions': np.array(starts, np.int32), 'end_positions': np.array(ends, np.int32)},
         token_labels=tokens, owners=np.array(owners), pad_id=tokenizer.pad_id, lengths=lengths, truncated=truncated,
-        notes=(f'{lost:,} answers fit in no window, and count as no answer in training',) if lost else ())
+        notes=tuple(note for count, note in (
+            (lost, f'{lost:,} answers fit in no window, and count as no answer in training'),
+            (apart, f'the windows of {apart:,} questions do not overlap; with a smaller --config.task.stride they do')
+        ) if count))
 
 
 def token_span(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[int | None, int | None]:
-    """First and last token of the first answer that is made of whole tokens; (None, None) without an answer.
+    """First and last token of the first answer that is made of whole tokens where it stands; (None, None) without one.
 
     A place that cuts a token in two ('four' in 'fourth') is not where an answer stands: the nearest place where its
     text is made of whole tokens is taken instead. Where no answer has one, the tokens that touch the first are taken.
@@ -157,6 +172,10 @@ def token_span(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[
         return None, None
     begins = {b: i for i, (b, e) in enumerate(offsets) if e > b}
     ends = {e: i for i, (b, e) in enumerate(offsets) if e > b}
+
+    for text, given in answers:
+        if given in begins and given + len(text) in ends:
+            return begins[given], ends[given + len(text)]
     for text, given in answers:
         whole = [m.start() for m in re.finditer(f'(?={re.escape(text)})', question.passage)
                  if m.start() in begins and m.start() + len(text) in ends]

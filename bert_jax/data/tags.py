@@ -43,7 +43,7 @@ class Sentence:
         return f'{file}:{int(line) + word * self.word_a_line}'
 
 
-def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bool) -> list[Sentence]:
+def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bool = True) -> list[Sentence]:
     """Sentences of a column file or of a table.
 
     A column file has a word a line, blank lines between sentences, -DOCSTART- between documents, and columns with
@@ -105,11 +105,15 @@ def _checked(where: str, tag: str) -> str:
 
 def _from_columns(file: str, word_column: int, tag_column: int, convert: Callable, labelled: bool
                   ) -> Iterator[Sentence]:
-    words, tags, document, first = [], [], 0, 0
+    words, tags, document, first, columns = [], [], 0, 0, 0
     with tables.open_text(file) as lines:
         for number, line in enumerate((*tables.decoded(file, lines), ''), 1):
             fields = re.split(r'[ \t]+', line.strip(' \t\r\n')) if line.strip() else []
             if fields and fields[0] != DOCUMENT:
+                columns = columns or len(fields)
+                if len(fields) != columns:
+                    raise UserError(f'{file}:{number}: {len(fields)} columns where the first line has {columns}; '
+                                    'spaces and tabs part columns.')
                 if not words:
                     first = number
                 try:

@@ -6,10 +6,11 @@ outputs become predictions, and predictions are scored (KINDS).
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from bert_jax.cli import UserError, unknown
+from bert_jax.cli import UserError, choose, unknown
 from bert_jax.data import choices, glue, spans, tables, tags, texts
 from bert_jax.data.task import Task
 
@@ -17,7 +18,22 @@ FEATURES = ('embeddings', 'second_to_last', 'last', 'sum_last4', 'concat_last4',
 
 
 class Kind(NamedTuple):
-    """How one shape of answer is learned; `module` has encode, decode, score, baseline and describe."""
+    """How one shape of answer is learned.
+
+    Attributes:
+      target: the head that learns it (model.heads.HEADS).
+      options: task -> that head's options.
+      module: what stands between rows and the head's arrays. `rows` are one split's, `data` is what `encode` made of
+        them, `outputs` are the head's for each example of it:
+          encode(task, rows, tokenizer, max_length, lengths) -> encoded.Encoded
+          decode(task, rows, data, outputs) -> a dict a row: what is predicted
+          score(task, rows, outputs, decoded) -> name -> number
+          baseline(task, rows) -> what can be scored without reading, by the same names
+          labelled(rows) -> whether they can be scored
+          files(task, split, rows, decoded) -> file name -> content
+          parse(value) -> a row of what `predict` is given; describe(row) -> what is printed beside its prediction
+          TOO_LONG: what rows that lost tokens are called
+    """
 
     target: str
     options: Callable[[Task], dict[str, Any]]
@@ -60,13 +76,14 @@ def own_texts(kind: str, *, train_file: str, dev_file: str, test_file: str, text
       UserError: a missing file or column, a row of another width, an unknown label (file and line).
     """
     read = functools.partial(texts.read, text=text_column, pair=text_pair_column, label=label_column)
-    splits, named_by = _splits(train_file, dev_file, test_file, read, functools.partial(read, labelled=False),
-                               dev_share, lambda row: f'{row.text}\0{row.pair}')
+    splits, named_by, notes = _splits(train_file, dev_file, test_file, read, dev_share,
+                                      lambda row: f'{row.text}\0{row.pair}')
+    task = Task(kind, splits, tuple(map(str, labels)), notes=notes)
     if kind == 'regression':
-        return texts.with_numbers(Task(kind, splits, best='spearman'))
+        return texts.with_numbers(dataclasses.replace(task, best='spearman'))
     if kind == 'multilabel':
-        return texts.with_label_sets(Task(kind, splits, tuple(map(str, labels)), best='f1_micro'), named_by)
-    return texts.with_classes(Task(kind, splits, tuple(map(str, labels))), named_by)
+        return texts.with_label_sets(dataclasses.replace(task, best='f1_micro'), named_by)
+    return texts.with_classes(task, named_by)
 
 
 def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str, tag_column: str, scheme: str,
@@ -78,17 +95,8 @@ def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str,
     if settings['document_context'] and tags.is_table(train_file, word_column, tag_column):
         raise UserError('--config.task.document_context=True: tables say nothing of documents; column files do, with '
                         f'{tags.DOCUMENT} between them.')
-    read, notes = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme), []
-
-    def read_test(file: str) -> list[tags.Sentence]:
-        try:
-            return read(file, labelled=True)
-        except UserError as error:
-            notes.append(f'{str(error).removesuffix(".")}, so test is predicted, not scored')
-            return read(file, labelled=False)
-
-    splits, named_by = _splits(train_file, dev_file, test_file, functools.partial(read, labelled=True), read_test,
-                               dev_share, lambda row: ' '.join(row.words))
+    read = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme)
+    splits, named_by, notes = _splits(train_file, dev_file, test_file, read, dev_share, lambda row: ' '.join(row.words))
     task = _tagging(splits, tuple(map(str, labels)), named_by, **settings)
     return dataclasses.replace(task, notes=(*notes, *task.notes))
 
@@ -103,7 +111,7 @@ def conll2003(*, folder: str, **settings: Any) -> Task:
     """
     if not folder:
         raise UserError('--config.task.folder=FOLDER is missing: the folder with eng.train, eng.testa and eng.testb.')
-    splits = {split: tags.read(f'{folder}/eng.{name}', '', '', 'iob1', labelled=True)
+    splits = {split: tags.read(f'{folder}/eng.{name}', '', '', 'iob1')
               for split, name in (('train', 'train'), ('dev', 'testa'), ('test', 'testb'))}
     return _tagging(splits, (), splits['train'], **settings)
 
@@ -122,13 +130,12 @@ def span(*, train_file: str, dev_file: str, test_file: str, null_answers: bool, 
          max_answer_length: int, n_best: int, dev_share: float, **columns: str) -> Task:
     """SQuAD 1.1 and 2.0 (.json), or tables; see `spans.read`, also for their columns."""
     read = functools.partial(spans.read, **columns)
-    splits, _ = _splits(train_file, dev_file, test_file, read, read, dev_share, lambda row: row.passage)
+    splits, _, notes = _splits(train_file, dev_file, test_file, read, dev_share, lambda row: row.passage)
+    if any(row.labelled for row in splits.get('test', ())) and not any(row.answers for row in splits['test']):
+        splits['test'] = [dataclasses.replace(row, labelled=False) for row in splits['test']]
+        notes = (f'{test_file}: no answers in it, so test is predicted, not scored',)
     _check_positive(stride=stride, max_query_length=max_query_length, max_answer_length=max_answer_length,
                     n_best=n_best)
-    for split in ('train', 'dev'):
-        for row in splits[split]:
-            if not row.labelled:
-                raise UserError(f'{row.where}: no answer in the {split} split; null says that there is none.')
     if not null_answers:
         for rows in splits.values():
             for row in rows:
@@ -136,36 +143,54 @@ def span(*, train_file: str, dev_file: str, test_file: str, null_answers: bool, 
                     raise UserError(f'{row.where}: a question without an answer; give --config.task.null_answers=True.')
     return Task('span', splits, best='f1', settings={
         'null_answers': null_answers, 'stride': stride, 'max_query_length': max_query_length,
-        'max_answer_length': max_answer_length, 'n_best': n_best, 'null_threshold': None})
+        'max_answer_length': max_answer_length, 'n_best': n_best, 'null_threshold': None}, notes=notes)
 
 
 def choice(*, train_file: str, dev_file: str, test_file: str, format: str, dev_share: float, **columns: Any) -> Task:
     """SWAG's CSV, CommonsenseQA's JSON lines, or tables; see `choices.read`, also for their columns."""
-    read = functools.partial(choices.read, form=format, **columns)
-    splits, _ = _splits(train_file, dev_file, test_file, read, read, dev_share, lambda row: row.context)
-    for split in ('train', 'dev'):
-        for row in splits[split]:
-            if row.label is None:
-                raise UserError(f'{row.where}: no label in the {split} split.')
-    return Task('choice', splits, settings={'num_choices': choices.most_choices(splits)})
+    read = functools.partial(choices.read, form=format, **(columns if format == 'plain' else {}))
+    splits, _, notes = _splits(train_file, dev_file, test_file, read, dev_share, lambda row: row.context)
+    return Task('choice', splits, settings={'num_choices': choices.most_choices(splits)}, notes=notes)
 
 
-def _splits(train_file: str, dev_file: str, test_file: str, read: Callable, read_test: Callable, dev_share: float,
-            key: Callable[[Any], str]) -> tuple[dict[str, list[Any]], list[Any]]:
-    """(split -> examples, all of the training file)."""
+def _splits(train_file: str, dev_file: str, test_file: str, read: Callable, dev_share: float,
+            key: Callable[[Any], str]) -> tuple[dict[str, list[Any]], list[Any], tuple[str, ...]]:
+    """(split -> examples, all of the training file, notes); a test file whose labels cannot be read does without."""
     if not train_file:
         raise UserError('--config.task.train_file=FILE is missing.')
     if not 0 < dev_share < 1:
         raise UserError(f'--config.task.dev_share={dev_share}: a number between 0 and 1 is expected.')
     whole = read(train_file)
     train, dev = (whole, read(dev_file)) if dev_file else tables.cut_dev(whole, dev_share, key, train_file)
-    return {'train': train, 'dev': dev} | ({'test': read_test(test_file)} if test_file else {}), whole
+    splits, notes = {'train': train, 'dev': dev}, ()
+    if test_file:
+        try:
+            splits['test'] = read(test_file)
+        except UserError as error:
+            splits['test'] = read(test_file, labelled=False)
+            notes = (f'{str(error).removesuffix(".")}, so test is predicted, not scored',)
+    return splits, whole, notes
 
 
 def _check_positive(**settings: int) -> None:
     for name, value in settings.items():
         if value < 1:
             raise UserError(f'--config.task.{name}={value}: one or more is expected.')
+
+
+def read(name: str, settings: dict[str, Any]) -> Task:
+    """The task of that name, with the settings that configs/finetune.py has for it.
+
+    Raises:
+      UserError: no such task, settings of another one, or what the task's own reader finds.
+    """
+    reader = choose('task', TASKS, name)
+    try:
+        inspect.signature(reader).bind(**settings)
+    except TypeError as error:
+        raise UserError(f'--config.task.name={name}: {error}; --config configs/finetune.py:{name} has its settings.'
+                        ) from error
+    return reader(**settings)
 
 
 TASKS = {

@@ -36,10 +36,10 @@ class Row:
 
 
 def read(file: str, text: str, pair: str, label: str, labelled: bool = True) -> list[Row]:
-    """Rows of a table; `pair` may be '', for none. Unless they are `labelled`, labels may be missing."""
+    """Rows of a table; `pair` may be '', for none. Unless they are `labelled`, labels are not looked at."""
     rows = []
     for where, record in tables.read_table(file):
-        value = tables.column(where, record, label) if labelled else record.get(label)
+        value = tables.column(where, record, label) if labelled else None
         if labelled and value is None:
             raise UserError(f'{where}: no label.')
         other = tables.text(where, record, pair) if pair else None
@@ -47,8 +47,6 @@ def read(file: str, text: str, pair: str, label: str, labelled: bool = True) -> 
                         value if value is None or isinstance(value, list) else str(value), where))
     if not rows:
         raise UserError(f'{file}: no rows in it.')
-    if not labelled and all(row.label in (None, '') for row in rows):
-        return [dataclasses.replace(row, label=None) for row in rows]
     return rows
 
 
@@ -71,10 +69,16 @@ def with_classes(task: Task, named_by: Sequence[Row] = ()) -> Task:
 
 
 def with_label_sets(task: Task, named_by: Sequence[Row] = ()) -> Task:
-    """A multi-label task: each label is a list (JSON lines) or names with spaces, commas or | between them; or none."""
+    """A multi-label task: each label is a list (JSON lines) or names with |, commas or spaces between them; or none.
+
+    What stands between names is the first of these that any row has: with commas, names may have spaces.
+    """
+    texts = [row.label for rows in (named_by, *task.splits.values()) for row in rows if isinstance(row.label, str)]
+    between = next((sign for sign in '|,' if any(sign in text for text in texts)), None)
+
     def names(row: Row) -> list[str]:
-        found = row.label.replace(',', ' ').replace('|', ' ').split() if isinstance(row.label, str) else row.label
-        return sorted(set(map(str, found)))
+        found = row.label.split(between) if isinstance(row.label, str) else map(str, row.label)
+        return sorted({name.strip() for name in found} - {''})
 
     labels = task.labels or tuple(sorted({name for row in named_by for name in names(row)}))
     _check_count(task, labels)
