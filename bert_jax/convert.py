@@ -16,6 +16,7 @@ and what has no counterpart is named. Written are
 
 import pathlib
 import resource
+import sys
 import time
 
 from bert_jax import cli, huggingface, paths, pretrained, tf1
@@ -53,7 +54,8 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
     notes = model.notes + write_whole(model, folder, form, name or folder.name, licence)
     for note in notes:
         print(f'note: {note}')
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == 'darwin' else 1024  # bytes, KiB
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(f'{target}: written in {time.perf_counter() - start:.1f} s, with at most {memory / 1e9:.1f} GB of memory.')
     if form == 'hf':
         print(f'To publish it:  hf upload {name or "YOUR_NAME/" + folder.name} {target}')

@@ -181,7 +181,7 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
         evaluators: Mapping[str, Callable[[int, Any], dict[str, float]]], checkpoints: Checkpoints, writer: Writer,
         phase_ends: tuple[int, ...] = (), stop: Callable[[int], bool] = lambda step: False,
         rates: Callable[[int, dict[str, float], float], dict[str, float]] = lambda *_: {}) -> TrainState:
-    """Trains from `state.step` to `num_steps`; the loop of pre-training, fine-tuning and distillation.
+    """Trains from `state.step` to `num_steps`; the loop of pre-training and fine-tuning.
 
     The host reads results only when a window of steps ends, never to dispatch the next step.
 

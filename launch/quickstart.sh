@@ -4,17 +4,19 @@
 #   bash launch/quickstart.sh                       on the docstrings that every Python carries
 #   bash launch/quickstart.sh --corpus 'my/*.txt'   on your own text (one sentence a line, blank line between documents)
 #
+# A twentieth of the documents is held out to score by; of fewer than about a hundred, --held_out 0.2 takes more.
 # Results go to runs/quickstart (runs/quickstart_own for your own text; --run DIR for another place).
 # Called again it goes on where it stopped and repeats nothing that is finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-corpus=stdlib: run=
+corpus=stdlib: run= held_out=0.05
 while [ $# -gt 0 ]; do
   case $1 in
     --corpus) corpus=${2:?--corpus needs a file or a glob}; shift 2 ;;
+    --held_out) held_out=${2:?--held_out needs a share}; shift 2 ;;
     --run) run=${2:?--run needs a folder}; shift 2 ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown argument $1; see bash launch/quickstart.sh --help" >&2; exit 2 ;;
   esac
 done
@@ -33,7 +35,7 @@ stage "1. a vocabulary of 4,096 pieces"
 finished "$run/vocab" || python -m bert_jax.vocab --input "$corpus" --vocab_size 4096 --lowercase --strip_accents --split_cjk --output "$run/vocab"
 
 stage "2. the token store"
-finished "$run/store/store.json" || python -m bert_jax.prepare --input "$corpus" --tokenizer "$run/vocab" --output "$run/store" --held_out 0.05
+finished "$run/store/store.json" || python -m bert_jax.prepare --input "$corpus" --tokenizer "$run/vocab" --output "$run/store" --held_out "$held_out"
 
 stage "3. pre-training a BERT-tiny: masked words and next sentences, 128 tokens, then 512"
 finished "$run/pretrain/results.json" || python -m bert_jax.pretrain --config configs/quickstart.py \
