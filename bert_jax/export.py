@@ -28,7 +28,7 @@ from bert_jax.model.embeddings import padded_vocab_size
 from bert_jax.weights import Pretrained
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-KINDS = {'classification': 'classification', 'mlm': 'fill_mask'}  # target -> what the example does
+EXPORTED = {'classification': 'classification', 'mlm': 'fill_mask'}  # target -> what the example does
 PADDED = ('embeddings/token', 'targets_mlm/bias')
 
 
@@ -55,10 +55,10 @@ def export(source: str, lengths: list[int], output: str) -> None:
     """
     folder = paths.check_new(output, '--output')
     model = pretrained.load(source)
-    target = next((target for target in KINDS if target in model.model.targets), None)
+    target = next((target for target in EXPORTED if target in model.model.targets), None)
     if target is None:
         raise UserError(f'{source}: its heads ({", ".join(model.model.targets) or "none"}) are not exported; '
-                        f'known: {", ".join(KINDS)}.')
+                        f'known: {", ".join(EXPORTED)}.')
     positions = model.model.embeddings.max_length
     if lengths[0] < 3 or lengths[-1] > positions:
         raise UserError(f'--lengths {lengths}: from 3 to {positions}, the positions of {source}.')
@@ -78,9 +78,9 @@ def _write(model: Pretrained, target: str, lengths: list[int], folder: pathlib.P
         exported = jax_export.export(jax.jit(run), platforms=PLATFORMS)(
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flat), _inputs(target, length))
         (folder / f'program_{length}.bin').write_bytes(exported.serialize())
-    about: dict[str, Any] = {'kind': KINDS[target], 'lengths': lengths, 'labels': list(model.labels)}
+    about: dict[str, Any] = {'kind': EXPORTED[target], 'lengths': lengths, 'labels': list(model.labels)}
     about |= {f'{role}_id': getattr(model.tokenizer, f'{role}_id') for role in ('pad', 'cls', 'sep', 'mask')}
-    if KINDS[target] == 'fill_mask':
+    if EXPORTED[target] == 'fill_mask':
         about['pieces'] = model.tokenizer.pieces
     (folder / 'export.json').write_text(json.dumps(about, ensure_ascii=False, indent=1) + '\n')
     huggingface.write_tokenizer(model.tokenizer, folder, lengths[-1])

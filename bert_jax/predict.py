@@ -47,7 +47,7 @@ from bert_jax.weights import Pretrained
 
 MASK = '[MASK]'
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # programs are compiled for these, as they are needed
-KINDS = {kind.target: name for name, kind in tasks.KINDS.items()}
+KIND_OF_TARGET = {kind.target: name for name, kind in tasks.KINDS.items()}
 SPANS = {'stride': 128, 'max_query_length': 64, 'max_answer_length': 30, 'n_best': 20, 'null_answers': False}
 Input = str | tuple[str, ...] | dict[str, Any]
 
@@ -62,10 +62,10 @@ class Predictor:
     """
 
     def __init__(self, source: Pretrained, path: str) -> None:
-        self.target = next((target for target in (*KINDS, 'mlm') if target in source.model.targets), '')
+        self.target = next((target for target in (*KIND_OF_TARGET, 'mlm') if target in source.model.targets), '')
         if not self.target:
             raise UserError(f'{path}: its heads ({", ".join(source.model.targets) or "none"}) predict nothing.')
-        self.kind, self.labels, self.truncated = KINDS.get(self.target, 'fill_mask'), source.labels, 0
+        self.kind, self.labels, self.truncated = KIND_OF_TARGET.get(self.target, 'fill_mask'), source.labels, 0
         self._config, self._params, self._tokenizer = source.model, jax.device_put(source.params), source.tokenizer
         config = source.about.get('config', {})
         task = config.get('task', {})
@@ -73,7 +73,8 @@ class Predictor:
         threshold = source.about.get('scores', {}).get('dev/null_threshold', 0.0)
         self._settings = SPANS | {key: value for key, value in task.items() if key in SPANS}
         self._settings |= {'null_threshold': threshold, 'document_context': False}
-        self._apply, self._module = self._jitted(), tasks.KINDS[self.kind].module if self.target in KINDS else texts
+        self._apply = self._jitted()
+        self._module = tasks.KINDS[self.kind].module if self.target in KIND_OF_TARGET else texts
 
     def __call__(self, inputs: Input | Sequence[Input], top_k: int = 5, batch_size: int = 32,
                  null_threshold: float | None = None) -> Any:

@@ -38,7 +38,7 @@ from bert_jax.data import corpora, store, tokenizer
 
 
 @dataclasses.dataclass
-class Encoded:
+class EncodedBlock:
     """One block's share of the store: bytes to append to each file, and counts."""
 
     chunks: dict[str, bytes]
@@ -180,11 +180,11 @@ def _start_worker(tokenizer_path: str, reader: corpora.Reader, held_out: float) 
     _worker.update(tokenizer=tokenizer.load(tokenizer_path), reader=reader, held_out=held_out)
 
 
-def _encode_block(block: corpora.Block) -> Encoded:
+def _encode_block(block: corpora.Block) -> EncodedBlock:
     return encode_documents(_worker['reader'].documents(block), _worker['tokenizer'], _worker['held_out'])
 
 
-def encode_documents(documents: list[list[str]], tok: tokenizer.Tokenizer, held_out: float) -> Encoded:
+def encode_documents(documents: list[list[str]], tok: tokenizer.Tokenizer, held_out: float) -> EncodedBlock:
     """Tokenizes documents and sorts them to the two sides of the split."""
     sentences = [sentence for document in documents for sentence in document]
     tokens, lengths = tok.encode_batch(sentences)
@@ -202,7 +202,7 @@ def encode_documents(documents: list[list[str]], tok: tokenizer.Tokenizer, held_
         for part, array in zip(('tokens', 'sentences', 'documents'), parts):
             chunks[f'{split}.{part}'] = array.tobytes()
             counts[f'{split}_{part}'] = len(array)
-    return Encoded(chunks, counts)
+    return EncodedBlock(chunks, counts)
 
 
 def is_held_out(document: list[str], share: float) -> bool:
@@ -272,7 +272,7 @@ class _Writer:
         """Of both sides, so far."""
         return self.counts['train_tokens'] + self.counts['held_out_tokens']
 
-    def append(self, encoded: Encoded) -> None:
+    def append(self, encoded: EncodedBlock) -> None:
         """Appends one block; it counts from the moment the journal says so."""
         for name, chunk in encoded.chunks.items():
             self._files[name].write(chunk)
