@@ -23,17 +23,18 @@ CHOICE = 'multichoice/commonsenseqa_v1.0'
 WINDOW = ['--config.max_length=128', '--config.task.stride=96', '--config.epochs=2.0']  # as far as BERT-mini knows positions
 CONLL = ['--config.task.folder=$DATA/ner/conll2003', '--config.task.document_context=False', '--config.max_length=64']
 FROZEN = ['--config.task.lstm_size=384', '--config.schedule.peak=1e-3', '--config.epochs=1.0']
-PHASES = {'mini': '((10500,64,16),(1500,128,8))', 'cased': '((7000,64,32),)'}
+PHASES = {'mini': '((5000,64,32),(1500,128,16))', 'cased': '((7000,64,32),)'}
 PRETRAINING = {
     name: [['python', '-m', 'bert_jax.vocab', '--input', '"$DATA/pretrain/en_wiki/*.txt"', '--vocab_size', '8192', *lower, '--output', f'runs/vocab_{name}'],
            ['python', '-m', 'bert_jax.prepare', '--input', '"$DATA/pretrain/en_wiki/*.txt"', '--tokenizer', f'runs/vocab_{name}',
             '--output', f'runs/store_{name}'],
            ['python', '-m', 'bert_jax.pretrain', '--config', 'configs/pretrain.py:mini', f'--config.store=runs/store_{name}', *more,
-            f'"--config.phases={PHASES[name]}"', '--config.mask_rate=0.4', '--config.schedule.peak=7e-4', '--config.schedule.warmup_share=0.05',
+            f'"--config.phases={PHASES[name]}"', '--config.mask_rate=0.4', *schedule,
             '--config.model.embeddings.dropout_rate=0.0', '--config.eval_every=1000', '--config.eval_examples=2048', '--workdir', f'runs/{name}']]
-    for name, lower, more in (('mini', ['--lowercase', '--strip_accents'], []),
-                              ('cased', [], ['--config.model.encoder.num_layers=6', '--config.model.embeddings.hidden_size=128',
-                                             '--config.model.encoder.num_heads=2']))}
+    for name, lower, more, schedule in (
+        ('mini', ['--lowercase', '--strip_accents'], [], ['--config.schedule.peak=6e-4', '--config.schedule.warmup_share=0.2']),
+        ('cased', [], ['--config.model.encoder.num_layers=6', '--config.model.embeddings.hidden_size=128', '--config.model.encoder.num_heads=2'],
+         ['--config.schedule.peak=7e-4', '--config.schedule.warmup_share=0.05']))}
 
 
 def glue(name, folder, *more):
@@ -94,7 +95,7 @@ def describe(name, work):
     held_out = [json.loads(line) for line in (work / 'log.jsonl').read_text().splitlines() if 'held_out/mlm/loss' in line][-1]
     encoder, embeddings = config['model']['encoder'], config['model']['embeddings']
     return (f'`{name}`: {encoder["num_layers"]} layers of {embeddings["hidden_size"]}, {"a cased" if name == "cased" else "an uncased"} vocabulary of '
-            f'{embeddings["vocab_size"]:,}; {held_out["step"]:,} steps in {minutes(work) / 60:.1f} hours on one core, at the median rate; held-out MLM '
+            f'{embeddings["vocab_size"]:,}; {held_out["step"]:,} steps in {minutes(work) / 60:.1f} hours at the median rate; held-out MLM '
             f'{held_out["held_out/mlm/loss"]:.2f} nats (unigram model {held_out["held_out/mlm/unigram_loss"]:.2f}), NSP '
             f'{held_out["held_out/nsp/accuracy"]:.1%}.')
 
