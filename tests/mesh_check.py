@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bert_jax import evaluate, optimizer, partition, train
-from bert_jax.data import batches, encoded
+from bert_jax.data import batches, encoded, packed
 from bert_jax.model import model as model_parts
 
 STEPS = 10
@@ -118,19 +118,23 @@ def dropout_rows():
     return found
 
 
-def evaluation(devices, batch_size):
+def evaluation(what, devices, batch_size):
     """Logits and loss of 29 examples in the order of the data; what a row of padding adds would show."""
     mesh = partition.make_mesh((devices, 1, 1), devices=jax.devices()[:devices])
     rng = np.random.default_rng(0)
     rows = [(rng.integers(5, models.V, size).tolist(), int(size)) for size in rng.integers(3, 14, 29)]
-    data = encoded.collect(rows, {'label_ids': rng.integers(0, 3, 29).astype(np.int32)}, pad_id=0, lengths=(6, 8, 14))
+    of_rows = {'label_ids': rng.integers(0, 3, 29).astype(np.int32)}
+    of_tokens = {'label_ids': rng.integers(0, 3, sum(size for _, size in rows)).astype(np.int32)}
+    target, labels = ('tagging', {'labels': {}, 'token_labels': of_tokens}) if what == 'tags' else ('classification', {'labels': of_rows})
+    data = encoded.collect(rows, **labels, pad_id=0, lengths=(6, 8, 14))
+    data = packed.pack(data, batch_size, devices) if what == 'packed' else data
     config = models.config()
-    config.targets = ConfigDict({'classification': {'num_classes': 3, 'dropout_rate': 0.0, 'weight': 1.0}})
+    config.targets = ConfigDict({target: {'num_classes': 3, 'dropout_rate': 0.0, 'weight': 1.0}})
     model = model_parts.build(config)
     params = models.random_params(model, data.make(np.arange(1), 1))
     step, sharding = evaluate.make_eval_step(model, mesh), partition.batch_sharding(mesh)
-    outputs, loss = evaluate.predict(lambda batch: step(params, batches.place(batch, sharding)), data, batch_size, 'classification')
-    return [*outputs['logits'].ravel().tolist(), loss]
+    outputs, loss = evaluate.predict(lambda batch: step(params, batches.place(batch, sharding)), data, batch_size, target)
+    return [*np.concatenate([np.ravel(one) for one in outputs['logits']]).tolist(), loss]
 
 
 CASES = {'1 device': ((1, 1, 1), 1), '8 data': ((8, 1, 1), 1), '2 data x 4 fsdp': ((2, 4, 1), 1),
@@ -145,7 +149,8 @@ def main():
         result['update_error'] = float(np.linalg.norm(result['updates'] - reference['updates']) / np.linalg.norm(reference['updates']))
     for result in results.values():
         del result['updates']
-    evaluations = [evaluation(*case) for case in ((1, 4), (1, 29), (2, 6), (8, 8), (8, 32))]
+    evaluations = {'classes': [evaluation('classes', *case) for case in ((1, 4), (1, 29), (2, 6), (8, 8), (8, 32))],
+                   **{what: [evaluation(what, *case) for case in ((1, 4), (8, 16))] for what in ('packed', 'tags')}}
     print(json.dumps(results | {'dropout_rows': dropout_rows(), 'temporaries': temporaries(), 'evaluations': evaluations, 'count': int(sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(
         lambda: models.build().init(jax.random.key(0), jax.tree.map(jnp.asarray, global_batch(0)), train=False)))) or 0)}))
 

@@ -79,11 +79,13 @@ def test_dropout_differs_by_row_device_micro_batch_and_step(results):
 
 
 def test_evaluation_is_exact_whatever_the_devices_the_batch_and_the_lengths(results):
-    """29 examples, each once and in order, the batches filled up with rows that weigh nothing."""
-    first, *others = results['evaluations']
-    assert len(first) == 29 * 3 + 1
-    for other in others:
-        np.testing.assert_allclose(other, first, rtol=1e-5, atol=1e-6)
+    """29 examples, each once and in order, the batches filled up with rows that weigh nothing; also packed, and by tokens."""
+    found = results['evaluations']
+    first = found['classes'][0]
+    assert len(first) == 29 * 3 + 1 and len(found['tags'][0]) > 2 * len(first)
+    for expected, others in ((first, found['classes'] + found['packed']), (found['tags'][0], found['tags'])):
+        for other in others:
+            np.testing.assert_allclose(other, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_every_parameter_and_its_share_can_be_listed():
