@@ -95,7 +95,7 @@ def describe(name, work):
     held_out = [json.loads(line) for line in (work / 'log.jsonl').read_text().splitlines() if 'held_out/mlm/loss' in line][-1]
     encoder, embeddings = config['model']['encoder'], config['model']['embeddings']
     return (f'`{name}`: {encoder["num_layers"]} layers of {embeddings["hidden_size"]}, {"a cased" if name == "cased" else "an uncased"} vocabulary of '
-            f'{embeddings["vocab_size"]:,}; {held_out["step"]:,} steps in {minutes(work) / 60:.1f} hours at the median rate; held-out MLM '
+            f'{embeddings["vocab_size"]:,}; {held_out["step"]:,} steps in {minutes(work) / 60:.1f} hours on one core, at the median rate; held-out MLM '
             f'{held_out["held_out/mlm/loss"]:.2f} nats (unigram model {held_out["held_out/mlm/unigram_loss"]:.2f}), NSP '
             f'{held_out["held_out/nsp/accuracy"]:.1%}.')
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import sklearn.metrics
 from conftest import call_module, expect_error, run_module
 
 import bert_jax
-from bert_jax import cli, convert, finetune, pretrained
+from bert_jax import cli, convert, finetune, pretrained, train
 from bert_jax.cli import UserError
 from bert_jax.data import tables, tasks, texts, tokenizer
 from bert_jax.data.task import Task
@@ -99,6 +100,13 @@ def test_positions_that_pretraining_never_saw_are_said_and_remat_is_this_runs_ow
         job = finetune.Job(load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full'))
         assert ('was trained on up to 96 tokens' in capfd.readouterr().out) == said
     assert job.model_config.encoder.remat == 'full' and job.source.model.encoder.remat == 'none'
+
+
+def test_a_dev_loss_that_is_not_finite_ends_the_run_as_one_in_training_does(pretrained, tmp_path):
+    job = finetune.Job(load_config(pretrained, write(tmp_path / 'train.csv', rows(30))))
+    params = jax.tree.map(lambda x: x * np.nan, job.init(0).params)
+    with pytest.raises(train.Diverged, match='The loss on dev is not finite at step 7'):
+        finetune._score(job, 'dev', 8, 7, params)
 
 
 def test_predicting_classes_from_arguments_files_and_python(tuned, tmp_path):

@@ -123,6 +123,8 @@ SQUAD = {'data': [{'paragraphs': [{'context': 'b c', 'qas': []}]}]}
     ('tagging', '.conll', 'a O\nNew York\tB-X\n', (), ('bad.conll:2', '3 columns where the first line has 2')),
     ('commonsenseqa', '.jsonl', '{"question": "why"}\n', (), ('bad.jsonl:1', 'question.stem')),
     ('swag', '.csv', 'sent1,ending0,ending1,label\na,b,c,0\n', (), ('bad.csv:2', "no column 'sent2'")),
+    ('choice', '.csv', 'sent1,ending0,ending1,label\na,b,c,0\n', ('task.format=swag',), ('bad.csv:2', "no column 'sent2'")),
+    ('squad1', '.json', json.dumps({'data': [{'paragraphs': [{'context': 'b c', 'qas': [{'id': '7', 'question': 'a'}]}]}]}), (), ('question 7: no answers',)),
     ('swag', '.csv', 'sent1,sent2,ending0,ending1,label\na,b,c,d,one\n', (), ('bad.csv:2', "label 'one' is not a whole number")),
 ])
 def test_what_is_wrong_is_named_with_file_and_line(name, suffix, content, overrides, words, model, tmp_path):  # noqa: F811

@@ -447,6 +447,13 @@ def test_columns_end_at_spaces_and_tabs_alone(tmp_path):
     assert row.words == ('10\u00a0000',) and row.tags == ('B-NUM',)
 
 
+def test_windows_that_do_not_overlap_are_said(model):
+    row = question(' '.join(f'w{i}' for i in range(1, 41)), ('w3', 6))
+    for stride, said in ((5, 0), (64, 1)):
+        data = spans.encode(Task('span', {}, settings=SETTINGS | {'stride': stride}), [row], tokenizer.load(model), 24, (24,))
+        assert len([note for note in data.notes if 'do not overlap' in note]) == said
+
+
 def test_documents_begin_at_docstart_and_context_stays_within_them(tmp_path, model):
     (tmp_path / 'a.conll').write_text('-DOCSTART- -X-\n\nw1 O\n\nw2 O\n\n-DOCSTART- -X-\n\nw3 O\n\nw4 O\nw5 O\n')
     rows = tags.read(str(tmp_path / 'a.conll'), '', '', 'iob2')

@@ -147,11 +147,12 @@ def _from_file(path: str, layout: Layout, split: str, skipped: list[str]) -> Ite
 
 
 def _from_tfds(name: str, layout: Layout, split: str) -> Iterator[Row]:
-    records = corpora.tfds_records(name, split)  # in an order of TFDS' own
-    for number, (record, names) in enumerate(sorted(records, key=lambda found: int(found[0].get('idx', 0)))):
-        missing = [feature for feature in layout.features if feature not in record]
+    records = list(corpora.tfds_records(name, split))  # in an order of TFDS' own
+    for record, _ in records:
+        missing = [feature for feature in ('idx', *layout.features) if feature not in record]
         if missing:
             raise UserError(f'tfds:{name}: no {missing[0]!r} in it; there are: {", ".join(record)}.')
+    for number, (record, names) in enumerate(sorted(records, key=lambda found: int(found[0]['idx']))):
         label = None
         if not split.startswith('test'):
             label = str(record['label'])
