@@ -38,29 +38,29 @@ PRETRAINING = {
 
 
 def glue(name, folder, *more):
-    return (name, name, 'mini', [f'--config.task.folder=$DATA/glue/{folder}', *more])
+    return (name, name, [f'--config.task.folder=$DATA/glue/{folder}', *more])
 
 
 def files(train, dev, *more):
     return [f'--config.task.train_file=$DATA/{train}', f'--config.task.dev_file=$DATA/{dev}', *more]
 
 
-ROWS = [  # name, config, model, settings; seeds by name
+ROWS = [  # name, config, settings; of every model that is given
     glue('cola', 'CoLA', '--config.schedule.peak=3e-4', '--config.epochs=4.0', '--config.max_length=64'),
     glue('sst2', 'SST-2', '--config.schedule.peak=3e-4', '--config.epochs=1.0', '--config.max_length=64'),
     glue('mrpc', 'MRPC', '--config.schedule.peak=1e-4'),
     glue('stsb', 'STS-B', '--config.schedule.peak=2e-4'),
-    ('commonsenseqa', 'commonsenseqa', 'mini', files(f'{CHOICE}/train_rand_split.jsonl', f'{CHOICE}/dev_rand_split.jsonl',
-                                                     '--config.schedule.peak=1e-4', '--config.epochs=2.0', '--config.max_length=64')),
-    ('squad1', 'squad1', 'mini', files('squad/devsplit-v1.1.train.json', 'squad/devsplit-v1.1.heldout.json',
-                                       '--config.schedule.peak=2e-4', *WINDOW)),
-    ('squad2', 'squad2', 'mini', files('squad/devsplit-v2.0.train.json', 'squad/devsplit-v2.0.heldout.json',
-                                       '--config.schedule.peak=2e-4', *WINDOW)),
-    ('conll2003', 'conll2003', 'cased', [*CONLL, '--config.schedule.peak=2e-4']),
-    *((f'conll2003_{features}', 'conll2003', 'cased', [*CONLL, f'--config.task.features={features}', *FROZEN])
+    ('commonsenseqa', 'commonsenseqa', files(f'{CHOICE}/train_rand_split.jsonl', f'{CHOICE}/dev_rand_split.jsonl',
+                                             '--config.schedule.peak=1e-4', '--config.epochs=2.0', '--config.max_length=64')),
+    ('squad1', 'squad1', files('squad/devsplit-v1.1.train.json', 'squad/devsplit-v1.1.heldout.json',
+                               '--config.schedule.peak=2e-4', *WINDOW)),
+    ('squad2', 'squad2', files('squad/devsplit-v2.0.train.json', 'squad/devsplit-v2.0.heldout.json',
+                               '--config.schedule.peak=2e-4', *WINDOW)),
+    ('conll2003', 'conll2003', [*CONLL, '--config.schedule.peak=2e-4']),
+    *((f'conll2003_{features}', 'conll2003', [*CONLL, f'--config.task.features={features}', *FROZEN])
       for features in tasks.FEATURES)]
 BESIDE = {'mrpc': ['accuracy'], 'squad1': ['exact'], 'squad2': ['exact']}  # scores shown beside the task's own
-SEEDS = {'cola': 5, 'mrpc': 5}  # of runs of less than five minutes; else 3
+SEEDS = {'cola': 5, 'mrpc': 5, 'stsb': 5}  # of runs of less than five minutes; else 3
 
 
 def main():
@@ -75,14 +75,19 @@ def main():
     unknown = set(filter(None, args.only.split(','))) - {row[0] for row in ROWS}
     if unknown:
         parser.error(f'--only {", ".join(unknown)}: known are {", ".join(row[0] for row in ROWS)}')
-    for name, task, model, settings in ROWS:
-        if getattr(args, model) and (not args.only or name in args.only.split(',')):
-            for scratch in (False, True):
-                run(args, name, task, getattr(args, model), settings, scratch)
+    models = {model: getattr(args, model) for model in PHASES if getattr(args, model)}
+    for name, task, settings in ROWS:
+        if not args.only or name in args.only.split(','):
+            for model, work in models.items():
+                for scratch in (False, True):
+                    run(args, name, task, model, work, settings, scratch)
     records = args.page.with_suffix('.json')
     found = json.loads(records.read_text()) if records.exists() else {'models': {}, 'rows': {}}
-    found['models'] |= {name: describe(name, pathlib.Path(getattr(args, name))) for name in PHASES if getattr(args, name)}
-    found['rows'] |= {row[0]: one for row in ROWS if (one := record(args, *row))}
+    found['models'] |= {model: describe(model, pathlib.Path(work)) for model, work in models.items()}
+    for name, task, settings in ROWS:
+        for model in PHASES:
+            if one := record(args, name, task, model, settings):
+                found['rows'].setdefault(name, {})[model] = one
     records.write_text(json.dumps(found, indent=1) + '\n')
     args.page.write_text(page(found))
 
@@ -100,24 +105,24 @@ def describe(name, work):
             f'{held_out["held_out/nsp/accuracy"]:.1%}.')
 
 
-def folder(output, name, scratch):
-    return output / name / ('scratch' if scratch else 'pretrained')
+def folder(output, name, model, scratch):
+    return output / model / name / ('scratch' if scratch else 'pretrained')
 
 
-def command(name, task, model, settings, work, scratch=False):
-    return ['python', '-m', 'bert_jax.finetune', '--config', f'configs/finetune.py:{task}', f'--config.init_from={model}',
+def command(name, task, start, settings, work, scratch=False):
+    return ['python', '-m', 'bert_jax.finetune', '--config', f'configs/finetune.py:{task}', f'--config.init_from={start}',
             *settings, f'--config.seeds={SEEDS.get(name, 3)}', *(['--config.from_scratch=True'] if scratch else []), '--workdir', str(work)]
 
 
-def run(args, name, task, model, settings, scratch):
-    work = folder(args.output, name, scratch)
+def run(args, name, task, model, start, settings, scratch):
+    work = folder(args.output, name, model, scratch)
     if not (work / 'sweep.json').exists():
-        print(f'\n=== {name}, {"random weights" if scratch else "pre-trained"}', flush=True)
+        print(f'\n=== {name}, {model}, {"random weights" if scratch else "pre-trained"}', flush=True)
         commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip()
         work.mkdir(parents=True, exist_ok=True)
         made = json.loads((work / 'made.json').read_text()) if (work / 'made.json').exists() else {'commits': []}
         (work / 'made.json').write_text(json.dumps({'commits': sorted({*made['commits'], commit})}))
-        parts = command(name, task, model, settings, work, scratch)
+        parts = command(name, task, start, settings, work, scratch)
         subprocess.run([sys.executable, *(part.replace('$DATA', args.data) for part in parts[1:])], cwd=ROOT, check=True)
 
 
@@ -135,32 +140,32 @@ beforehand. Minutes are those of the training steps, at the median rate, on one 
 
 def record(args, name, task, model, settings):
     """What a row's runs came to: command, cost, and for every score its values over the seeds; None before all have ended."""
-    works = [folder(args.output, name, scratch) for scratch in (False, True)]
+    works = [folder(args.output, name, model, scratch) for scratch in (False, True)]
     if not all((work / 'sweep.json').exists() for work in works):
         return None
     sweeps = [json.loads((work / 'sweep.json').read_text()) for work in works]
-    parts, beside, scores = command(name, task, f'runs/{model}', settings, f'runs/{name}'), baselines(task, settings, args.data), {}
+    parts, beside, scores = command(name, task, f'runs/{model}', settings, f'runs/{model}_{name}'), baselines(task, settings, args.data), {}
     for shown in (sweeps[0]['score'], *(f'dev/{other}' for other in BESIDE.get(name, ()))):
         pretrained, scratch = ([one[shown] for one in sweep['runs'].values()] for sweep in sweeps)
         measure = shown.removeprefix('dev/')
         scores[measure] = {'pretrained': pretrained, 'random_weights': scratch,
                            'without_reading': {key: value for key, value in beside.items() if key.endswith(f'_{measure}')}}
-    return {'model': model, 'cost': cost(works[0]), 'scores': scores,
+    return {'cost': cost(works[0]), 'scores': scores,
             'command': ' '.join(f'"{part}"' if '(' in part else part for part in parts),
             'commits': sorted({commit for work in works for commit in json.loads((work / 'made.json').read_text())['commits']})}
 
 
 def page(found):
     lines = [HEADER]
-    rows = {row[0]: found['rows'][row[0]] for row in ROWS if row[0] in found['rows']}
-    for name, row in rows.items():
+    rows = [(name, model, row) for name, *_ in ROWS for model, row in sorted(found['rows'].get(name, {}).items())]
+    for name, model, row in rows:
         for measure, values in row['scores'].items():
             beside = ', '.join(f'{key} {value:.3f}' for key, value in values['without_reading'].items())
-            lines.append(f'| {name} | {measure} | {spread(values["pretrained"])} | {spread(values["random_weights"])} | {beside} | {row["model"]} '
+            lines.append(f'| {name} | {measure} | {spread(values["pretrained"])} | {spread(values["random_weights"])} | {beside} | {model} '
                          f'| {row["cost"]} | {len(values["pretrained"])} | {", ".join(row["commits"])} |')
     made = [' '.join(parts) for name in found['models'] for parts in PRETRAINING[name]]
     return '\n'.join([*lines, '', *(f'{line}\n' for line in found['models'].values()), 'The commands:', '', '```bash', *made,
-                      *(row['command'] for row in rows.values()), '```', ''])
+                      *(row['command'] for *_, row in rows), '```', ''])
 
 
 def baselines(task, settings, data):

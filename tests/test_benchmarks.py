@@ -59,11 +59,11 @@ def test_results_keep_the_rows_of_other_machines(tmp_path):
         for kind, shift in (('pretrained', 0.0), ('scratch', -0.25)):
             runs = {f'seed{seed}': {'dev/accuracy': score + shift, 'dev/f1': 0.5} for seed, score in enumerate(scores)}
             for name in runs:
-                folder = tmp_path / 'runs' / row / kind / 'runs' / name
+                folder = tmp_path / 'runs/cased' / row / kind / 'runs' / name
                 folder.mkdir(parents=True)
                 (folder / 'rates.jsonl').write_text(json.dumps({'step': 120, 'steps_per_second': 2.0}) + '\n')
-            (tmp_path / 'runs' / row / kind / 'sweep.json').write_text(json.dumps({'score': 'dev/accuracy', 'runs': runs}))
-            (tmp_path / 'runs' / row / kind / 'made.json').write_text(json.dumps({'commits': ['abc']}))
+            (tmp_path / 'runs/cased' / row / kind / 'sweep.json').write_text(json.dumps({'score': 'dev/accuracy', 'runs': runs}))
+            (tmp_path / 'runs/cased' / row / kind / 'made.json').write_text(json.dumps({'commits': ['abc']}))
 
     def page():
         run('results', '--data', tmp_path, '--output', tmp_path / 'runs', '--page', tmp_path / 'results.md')
