@@ -51,7 +51,7 @@ ROWS = [  # name, config, settings; of every model that is given
     glue('mrpc', 'MRPC', '--config.schedule.peak=1e-4'),
     glue('stsb', 'STS-B', '--config.schedule.peak=2e-4'),
     ('commonsenseqa', 'commonsenseqa', files(f'{CHOICE}/train_rand_split.jsonl', f'{CHOICE}/dev_rand_split.jsonl',
-                                             '--config.schedule.peak=1e-4', '--config.epochs=2.0', '--config.max_length=64')),
+                                             '--config.schedule.peak=1e-4', '--config.epochs=1.0', '--config.max_length=64')),
     ('squad1', 'squad1', files('squad/devsplit-v1.1.train.json', 'squad/devsplit-v1.1.heldout.json',
                                '--config.schedule.peak=2e-4', *WINDOW)),
     ('squad2', 'squad2', files('squad/devsplit-v2.0.train.json', 'squad/devsplit-v2.0.heldout.json',
