@@ -136,6 +136,9 @@ beforehand. Minutes are those of the training steps, at the median rate, on one 
 
 | task | score | pre-trained | random weights | without reading | model | a run | seeds | commit |
 |---|---|---|---|---|---|---|---|---|"""
+EXPECT = """What to expect: a published BERT-Mini of 4 layers of 256, pre-trained for as long as BERT-base, has on GLUE's test sets 0.0 on CoLA, 85.9 on SST-2, 81.1 F1 and 71.8
+accuracy on MRPC, and 73.3 Spearman on STS-B (Turc et al. 2019, the table of their models): CoLA is not learned at such sizes. `cased` has read 14 million tokens. At 5 nats it
+knows words by their neighbours, which tells in tags; that two sentences say the same (MRPC, STS-B), or what follows from one (CommonsenseQA), it has hardly begun to know."""
 
 
 def record(args, name, task, model, settings):
@@ -164,7 +167,9 @@ def page(found):
             lines.append(f'| {name} | {measure} | {spread(values["pretrained"])} | {spread(values["random_weights"])} | {beside} | {model} '
                          f'| {row["cost"]} | {len(values["pretrained"])} | {", ".join(row["commits"])} |')
     made = [' '.join(parts) for name in found['models'] for parts in PRETRAINING[name]]
-    return '\n'.join([*lines, '', *(f'{line}\n' for line in found['models'].values()), 'The commands:', '', '```bash', *made,
+    missing = [name for name, *_ in ROWS if name not in found['rows']]
+    lines += [f'\nNot run yet: {", ".join(missing)}.'] if missing else []
+    return '\n'.join([*lines, '', EXPECT, '', *(f'{line}\n' for line in found['models'].values()), 'The commands:', '', '```bash', *made,
                       *(row['command'] for *_, row in rows), '```', ''])
 
 

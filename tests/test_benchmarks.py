@@ -80,4 +80,5 @@ def test_results_keep_the_rows_of_other_machines(tmp_path):
     ended('mrpc', 0.75, 0.75)
     second = page()
     assert next(line for line in first.splitlines() if line.startswith('| sst2')) in second
+    assert 'Not run yet: cola, mrpc, ' in first and 'Not run yet: cola, stsb, ' in second
     assert '| mrpc | accuracy | 0.750 ± 0.000' in second and 'configs/finetune.py:mrpc' in second and 'configs/finetune.py:sst2' in second
