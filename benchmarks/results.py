@@ -137,8 +137,9 @@ beforehand. Minutes are those of the training steps, at the median rate, on one 
 | task | score | pre-trained | random weights | without reading | model | a run | seeds | commit |
 |---|---|---|---|---|---|---|---|---|"""
 EXPECT = """What to expect: a published BERT-Mini of 4 layers of 256, pre-trained for as long as BERT-base, has on GLUE's test sets 0.0 on CoLA, 85.9 on SST-2, 81.1 F1 and 71.8
-accuracy on MRPC, and 73.3 Spearman on STS-B (Turc et al. 2019, the table of their models): CoLA is not learned at such sizes. `cased` has read 14 million tokens. At 5 nats it
-knows words by their neighbours, which tells in tags; of sentiment, 67,000 sentences (SST-2) teach as much without it; that two sentences say the same (MRPC, STS-B), or what follows from one (CommonsenseQA), it has hardly begun to know."""
+accuracy on MRPC, and 73.3 Spearman on STS-B (Turc et al. 2019, the table of their models): CoLA is not learned at such sizes. `cased` has read 14 million tokens,
+64 at a time: what stands further on in a pair is at positions that it never saw. At 5 nats it knows words by their neighbours, which tells in tags; of sentiment, 67,000 sentences (SST-2)
+teach as much without it; that two sentences say the same (MRPC, STS-B), or what follows from one (CommonsenseQA), it has hardly begun to know."""
 
 
 def record(args, name, task, model, settings):
