@@ -55,15 +55,15 @@ def test_the_page_has_what_was_run_and_names_what_was_not(tmp_path):
 
 
 def test_results_keep_the_rows_of_other_machines(tmp_path):
-    def ended(row, *scores):
+    def ended(row, *scores, model='cased'):
         for kind, shift in (('pretrained', 0.0), ('scratch', -0.25)):
             runs = {f'seed{seed}': {'dev/accuracy': score + shift, 'dev/f1': 0.5} for seed, score in enumerate(scores)}
             for name in runs:
-                folder = tmp_path / 'runs/cased' / row / kind / 'runs' / name
+                folder = tmp_path / 'runs' / model / row / kind / 'runs' / name
                 folder.mkdir(parents=True)
                 (folder / 'rates.jsonl').write_text(json.dumps({'step': 120, 'steps_per_second': 2.0}) + '\n')
-            (tmp_path / 'runs/cased' / row / kind / 'sweep.json').write_text(json.dumps({'score': 'dev/accuracy', 'runs': runs}))
-            (tmp_path / 'runs/cased' / row / kind / 'made.json').write_text(json.dumps({'commits': ['abc']}))
+            (tmp_path / 'runs' / model / row / kind / 'sweep.json').write_text(json.dumps({'score': 'dev/accuracy', 'runs': runs}))
+            (tmp_path / 'runs' / model / row / kind / 'made.json').write_text(json.dumps({'commits': ['abc']}))
 
     def page():
         run('results', '--data', tmp_path, '--output', tmp_path / 'runs', '--page', tmp_path / 'results.md')
@@ -78,7 +78,9 @@ def test_results_keep_the_rows_of_other_machines(tmp_path):
     assert 'majority_accuracy 0.500' in first and '| 120 steps, 1 min | 2 | abc |' in first and '$DATA/glue/SST-2' in first and str(tmp_path) not in first
     shutil.rmtree(tmp_path / 'runs')
     ended('mrpc', 0.75, 0.75)
+    ended('sst2', 0.25, 0.25, model='mini')
     second = page()
     assert next(line for line in first.splitlines() if line.startswith('| sst2')) in second
     assert 'Not run yet: cola, mrpc, ' in first and 'Not run yet: cola, stsb, ' in second
+    assert '| sst2 | accuracy | 0.250 ± 0.000 ' in second and '--workdir runs/mini_sst2' in second and '--workdir runs/cased_sst2' in second
     assert '| mrpc | accuracy | 0.750 ± 0.000' in second and 'configs/finetune.py:mrpc' in second and 'configs/finetune.py:sst2' in second
