@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from bert_jax import distributed, paths
+from bert_jax import cli, distributed, paths
 from bert_jax.cli import UserError, last_line
 
 OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack or have besides
@@ -177,7 +177,7 @@ class Checkpoints:
             problem = self.problem(step) if finished else 'it was never finished'
             if not problem:
                 return step
-            print(f'checkpoint {step} in {self._folder} is passed over: {problem}.')
+            cli.note(f'checkpoint {step} in {self._folder} is passed over: {problem}.')
         return None
 
     def problem(self, step: int) -> str:

@@ -120,6 +120,11 @@ def _keys(config: ConfigDict, prefix: str = '') -> list[str]:
     return names
 
 
+def note(text: str) -> None:
+    """Something worth knowing that stops nothing, on stderr: what a command prints may be another's input."""
+    print(f'note: {" ".join(text.split())}', file=sys.stderr)
+
+
 def progress(items: Iterable | None = None, **kwargs: Any) -> tqdm:
     """A tqdm bar on a terminal, a plain line every half minute elsewhere; tqdm's keywords."""
     if sys.stderr.isatty():

@@ -51,9 +51,9 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
     size = pretrained.size_in_bytes(model)
     targets = ', '.join(model.model.targets) or 'none'
     print(f'{source}: {model.about["source"]}; targets: {targets}; {size / 1e6:,.0f} MB.')
-    notes = model.notes + write_whole(model, folder, form, name or folder.name, licence)
+    notes = write_whole(model, folder, form, name or folder.name, licence)
     for note in notes:
-        print(f'note: {note}')
+        cli.note(note)
     unit = 1 if sys.platform == 'darwin' else 1024  # bytes, KiB
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(f'{target}: written in {time.perf_counter() - start:.1f} s, with at most {memory / 1e9:.1f} GB of memory.')

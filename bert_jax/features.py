@@ -86,7 +86,7 @@ def write(args: argparse.Namespace) -> None:
             bar.update(len(some))
     print(f'{args.output}: {", ".join(extract.layers)} of {len(rows):,} texts.')
     if extract.truncated:
-        print(f'note: {extract.truncated:,} of the texts written now were cut to {extract.max_length} tokens.')
+        cli.note(f'{extract.truncated:,} of the texts written now were cut to {extract.max_length} tokens.')
 
 
 def _check_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:

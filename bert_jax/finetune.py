@@ -113,8 +113,8 @@ class Job:
         _print_task(config, self.task, self.kind.module.TOO_LONG, data)
         seen = pretrained.longest_seen(self.source)
         if 0 < seen < self.encoded['train'].longest.max():
-            print(f'note: {config.init_from} was trained on up to {seen} tokens; the positions after that are random. '
-                  f'--config.max_length={seen} stays within them.')
+            cli.note(f'{config.init_from} was trained on up to {seen} tokens; the positions after that are random. '
+                     f'--config.max_length={seen} stays within them.')
         self.model = models.build(self.model_config)
         self.tx = optimizer.make_optimizer(**config.optimizer)
         example = data['train'].make(np.arange(1), config.batch_size)
@@ -295,12 +295,12 @@ def _print_task(config: ConfigDict, task: Task, too_long: str, data: dict[str, e
     labels = f'; labels: {", ".join(task.labels)}' if task.labels else ''
     print(f'{config.task.name}: {sizes}{labels}; {data["train"].shapes}')
     for note in task.notes:
-        print(f'note: {note}.')
+        cli.note(f'{note}.')
     for split, rows in data.items():
         if rows.truncated:
-            print(f'note: {rows.truncated:,} {split} {too_long} and were cut.')
+            cli.note(f'{rows.truncated:,} {split} {too_long} and were cut.')
         for note in rows.notes if split == 'train' else ():
-            print(f'note: {note}.')
+            cli.note(f'{note}.')
 
 
 def _print_results(path: str, results: dict[str, float]) -> None:

@@ -234,7 +234,7 @@ def main() -> None:
         for result in model(some, args.top_k, args.batch_size, args.null_threshold):
             print(show(result), flush=True)
     if model.truncated:
-        print(f'note: {model.truncated:,} {model.too_long} and were cut.', file=sys.stderr)
+        cli.note(f'{model.truncated:,} {model.too_long} and were cut.')
 
 
 def read_inputs(name: str) -> Iterator[tuple[str, Input]]:
@@ -250,7 +250,7 @@ def read_inputs(name: str) -> Iterator[tuple[str, Input]]:
             else:
                 empty += 1
     if empty:
-        print(f'note: {empty:,} empty lines of {name} are left out.', file=sys.stderr)
+        cli.note(f'{empty:,} empty lines of {name} are left out.')
 
 
 def _parts(line: str) -> Input:

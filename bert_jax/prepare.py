@@ -113,11 +113,11 @@ def prepare(inputs: Iterable[str], tokenizer_path: str, output: str, reader: cor
     seconds = time.monotonic() - started
     print(f'{_summary(path, totals, result)}; {text_bytes / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s.')
     if totals['train_documents'] < 2:
-        print('note: a single training document; next-sentence prediction needs another one to draw from '
-              '(separate documents by blank lines, or train with --config configs/pretrain.py:SIZE,no_nsp).')
+        cli.note('a single training document; next-sentence prediction needs another one to draw from '
+                 '(separate documents by blank lines, or train with --config configs/pretrain.py:SIZE,no_nsp).')
     elif held_out and totals['held_out_documents'] < 2:
-        print(f'note: fewer than two documents are held out, too few to score pre-training by; prepare with a larger '
-              f'--held_out than {held_out:g}, or train with --config.eval_examples=0.')
+        cli.note('fewer than two documents are held out, too few to score pre-training by; prepare with a larger '
+                 f'--held_out than {held_out:g}, or train with --config.eval_examples=0.')
     return result
 
 

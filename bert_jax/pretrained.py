@@ -8,7 +8,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from bert_jax import checkpoint, huggingface, paths, tf1, workdir
+from bert_jax import checkpoint, cli, huggingface, paths, tf1, workdir
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.weights import Pretrained
@@ -34,10 +34,12 @@ def load(path: str | os.PathLike) -> Pretrained:
         if not HUB_NAME.fullmatch(path):
             raise UserError(f'{path}: no such folder.')
         folder = huggingface.download(path)
-    if huggingface.is_folder(folder):
-        return huggingface.read(folder)
-    if tf1.is_folder(folder):
-        return tf1.read(folder)
+    reader = next((form for form in (huggingface, tf1) if form.is_folder(folder)), None)
+    if reader is not None:
+        model = reader.read(folder)
+        for note in model.notes:
+            cli.note(note)
+        return model
     raise UserError(f'{path}: no model there; expected a workdir (config.json, checkpoints/), a Hugging Face folder '
                     '(config.json, model.safetensors) or a TF1 folder (bert_config.json, bert_model.ckpt.*).')
 

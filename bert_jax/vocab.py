@@ -63,7 +63,7 @@ def train(args: argparse.Namespace) -> None:
     learned = tokenizer.load(output)
     print(f'{output}: {learned.vocab_size:,} entries ({args.kind}).')
     if learned.vocab_size < args.vocab_size:
-        print(f'note: the text has no more than {learned.vocab_size:,} pieces; {args.vocab_size:,} were asked for.')
+        cli.note(f'the text has no more than {learned.vocab_size:,} pieces; {args.vocab_size:,} were asked for.')
 
 
 class _Sentences:

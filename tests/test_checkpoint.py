@@ -77,7 +77,7 @@ def test_damage_in_every_file_is_noticed(saved, tmp_path, damage, capsys):
             path.write_bytes(content)
         if damage == 'delete' or content:
             assert same(resumed(copy), state(20, 20.0)), name  # the one before it is used,
-            assert 'checkpoint 30' in capsys.readouterr().out  # and that is said
+            assert 'checkpoint 30' in capsys.readouterr().err  # and that is said
         shutil.rmtree(copy)
 
 
@@ -99,7 +99,7 @@ def test_a_damaged_best_step_is_passed_over_and_said(tmp_path, capsys):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     params, step, scores = checkpoint.load_params(tmp_path, 'dev/accuracy')
     assert step == 1 and scores == {'dev/accuracy': 0.8} and same(params, state(1, 1.0).params)
-    assert 'checkpoint 2' in capsys.readouterr().out
+    assert 'checkpoint 2' in capsys.readouterr().err
     (tmp_path / 'checkpoints' / '00000001' / 'manifest.json').write_text('{')
     assert checkpoint.load_params(tmp_path, 'dev/accuracy')[1] == 3
 
@@ -107,7 +107,7 @@ def test_a_damaged_best_step_is_passed_over_and_said(tmp_path, capsys):
 def test_an_unfinished_checkpoint_is_passed_over_and_made_again(saved, capsys):
     (saved / '00000030' / 'manifest.json').unlink()
     assert same(resumed(saved), state(20, 20.0))
-    assert 'never finished' in capsys.readouterr().out
+    assert 'never finished' in capsys.readouterr().err
     checkpoints = checkpoint.Checkpoints(saved)
     checkpoints.save(30, state(30, 31.0))
     checkpoints.wait()
@@ -136,7 +136,7 @@ def test_a_damaged_newer_step_does_not_push_out_good_ones(saved, capsys):
     damaged = next(path for path in (saved / '00000030' / 'params').rglob('*') if path.is_file())
     damaged.write_bytes(damaged.read_bytes()[:-1])
     checkpoints = checkpoint.Checkpoints(saved, keep=1)
-    assert same(checkpoints.resume(state()), state(20, 20.0)) and 'is damaged' in capsys.readouterr().out
+    assert same(checkpoints.resume(state()), state(20, 20.0)) and 'is damaged' in capsys.readouterr().err
     assert checkpoints.steps() == [20]
     checkpoints.save(25, state(25, 25.0))
     checkpoints.wait()

@@ -100,7 +100,7 @@ def test_hugging_face_there_and_back_is_bit_identical(architecture, tmp_path, ca
     assert before.keys() == after.keys()
     for name in before:
         assert before[name].dtype == after[name].dtype and before[name].tobytes() == after[name].tobytes(), name
-    assert 'left out' not in capfd.readouterr().out
+    assert 'left out' not in capfd.readouterr().err
     again, info = getattr(transformers, architecture).from_pretrained(tmp_path / 'back', output_loading_info=True)
     assert not any(info.values()), info
     auto = transformers.AutoConfig.from_pretrained(tmp_path / 'back')
@@ -120,9 +120,9 @@ def test_tf1_there_and_back_is_bit_identical_and_tensorflow_reads_it(tmp_path, c
     slots = {f'{name}/adam_m': value for name, value in variables.items()} | {'global_step': np.int64(7)}
     source = tf1_folder(tmp_path / 'tf1', variables | slots)
     convert.convert(str(source), str(tmp_path / 'work'), 'workdir')
-    assert f'left out: {len(slots)} variables of the optimizer' in capfd.readouterr().out
+    assert f'left out: {len(slots)} variables of the optimizer' in capfd.readouterr().err
     convert.convert(str(tmp_path / 'work'), str(tmp_path / 'back'), 'tf1')
-    assert 'note' not in capfd.readouterr().out
+    assert 'note' not in capfd.readouterr().err
     reader = tf.train.load_checkpoint(str(tmp_path / 'back' / 'bert_model.ckpt'))
     assert reader.get_variable_to_shape_map().keys() == variables.keys()
     for name, value in variables.items():
@@ -208,7 +208,7 @@ def test_every_way_to_keep_the_weights_is_read_alike(tmp_path):
 def test_half_precision_is_converted_with_a_word(tmp_path, capfd):
     peers.save(peers.model().to(torch.bfloat16), tmp_path / 'bf16')
     convert.convert(str(tmp_path / 'bf16'), str(tmp_path / 'out'), 'hf')
-    assert 'weights are bfloat16 there; converted to float32' in capfd.readouterr().out
+    assert 'weights are bfloat16 there; converted to float32' in capfd.readouterr().err
     assert {array.dtype for array in tensors(tmp_path / 'out').values()} == {np.dtype('float32')}
 
 
@@ -218,9 +218,9 @@ def test_what_has_no_counterpart_is_named(tmp_path, capfd):
     state = tensors(source) | {'crf.transitions': np.ones((3, 3), np.float32)}
     safetensors.numpy.save_file(state, source / 'model.safetensors')
     convert.convert(str(source), str(tmp_path / 'out'), 'tf1')
-    out = capfd.readouterr().out
-    assert 'without a counterpart here: crf.transitions' in out
-    assert 'no such head: tagging' in out and 'erf' in out and 'labels.txt' in out
+    said = capfd.readouterr().err
+    assert 'without a counterpart here: crf.transitions' in said
+    assert 'no such head: tagging' in said and 'erf' in said and 'labels.txt' in said
 
 
 def test_our_own_model_goes_out_and_comes_back(pretrained, tmp_path):

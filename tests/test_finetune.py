@@ -98,7 +98,7 @@ def test_positions_that_pretraining_never_saw_are_said_and_remat_is_this_runs_ow
     train = write(tmp_path / 'train.csv', [(f'{text} ' * (25 if i else 1), label) for i, (text, label) in enumerate(rows(30))])
     for length, said in ((96, False), (128, True)):
         job = finetune.Job(load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full'))
-        assert ('was trained on up to 96 tokens' in capfd.readouterr().out) == said
+        assert ('was trained on up to 96 tokens' in capfd.readouterr().err) == said
     assert job.model_config.encoder.remat == 'full' and job.source.model.encoder.remat == 'none'
 
 

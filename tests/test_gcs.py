@@ -64,7 +64,7 @@ def test_a_run_on_a_bucket(bucket, store_path, tmp_path, monkeypatch):
     files.rm('bucket/run/checkpoints/00000010/manifest.json')        # as if killed while saving
     again = call_module('pretrain', *arguments)
     assert again.returncode == 0 and 'resuming at step 8 of 10' in again.stdout, again.stderr
-    assert 'checkpoint 10 in gs://bucket/run/checkpoints is passed over: it was never finished' in again.stdout
+    assert 'checkpoint 10 in gs://bucket/run/checkpoints is passed over: it was never finished' in again.stderr
     files.invalidate_cache()
     assert files.cat('bucket/run/log.jsonl') == log
 

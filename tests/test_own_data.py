@@ -209,7 +209,7 @@ def test_what_was_cut_is_counted_and_said(name, content, said, model, tmp_path, 
     overrides = {'span': ['task.max_query_length=5'], 'choice': ["task.choice_columns=('a','b')"]}.get(name, [])
     c = config(name, model, {key: str(tmp_path / 'a.csv') for key in ('train_file', 'dev_file')}, 'epochs=1.0', *overrides)
     finetune.Job(c)
-    assert f'note: {said}' in capfd.readouterr().out
+    assert f'note: {said}' in capfd.readouterr().err
 
 
 def test_without_reading(tmp_path):

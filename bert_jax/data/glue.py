@@ -201,7 +201,7 @@ def main() -> None:
     missing = {name for layout in LAYOUTS.values() for name in layout.submission.values()} - found.keys()
     print(f'{args.output}: {", ".join(sorted(found))}.')
     if missing:
-        print(f"note: the server wants all of GLUE's files; missing: {', '.join(sorted(missing))}.")
+        cli.note(f"the server wants all of GLUE's files; missing: {', '.join(sorted(missing))}.")
 
 
 if __name__ == '__main__':
