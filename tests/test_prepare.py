@@ -151,10 +151,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus, vocab, tmp_path):
     expect_error(run(tmp_path / 'bad.txt'), 'bad.txt:2', 'UTF-8', '--errors replace')
     assert not output.exists()
     done = run(tmp_path / 'bad.txt', '--errors', 'replace')
-    assert done.returncode == 0 and 'a single training document' in done.stdout
+    assert done.returncode == 0 and 'a single training document' in done.stderr
     (tmp_path / 'few.txt').write_text('one document\n\nand another\n')
     done = call_module('prepare', '--tokenizer', vocab, '--input', tmp_path / 'few.txt', '--output', tmp_path / 'few', '--held_out', '0.001')
-    assert done.returncode == 0 and 'fewer than two documents are held out' in done.stdout and '--held_out than 0.001' in done.stdout
+    assert done.returncode == 0 and 'fewer than two documents are held out' in done.stderr and '--held_out than 0.001' in done.stderr
     expect_error(run(corpus), str(output), 'another inputs')
     expect_error(call_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', vocab), 'not empty')
     expect_error(call_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', output, '--held_out', '1.5'),
