@@ -50,16 +50,20 @@ def choose(kind: str, registry: dict[str, Any], name: str) -> Any:
     return registry[name]
 
 
+BELOW_ONE = math.nextafter(1, 0)
 RANGES = {'seed': (0, 2**32 - 1), 'log_every': (1, math.inf), 'keep_checkpoints': (1, math.inf),  # of every config
-          'accumulation': (1, math.inf), 'schedule.peak': (0, math.inf), 'schedule.warmup_share': (0, 1)}
+          'accumulation': (1, math.inf), 'schedule.peak': (0, math.inf), 'schedule.warmup_share': (0, 1),
+          'optimizer.b1': (0, BELOW_ONE), 'optimizer.b2': (0, BELOW_ONE), 'optimizer.eps': (1e-37, math.inf),
+          'optimizer.weight_decay': (0, math.inf), 'optimizer.clip_norm': (0, math.inf)}
 
 
 def check_ranges(config: ConfigDict, ranges: dict[str, tuple[float, float]]) -> None:
     """Refuses numbers of a config, by their keys, that are outside [lowest, highest]."""
     for key, (lowest, highest) in ranges.items():
         value = functools.reduce(lambda node, part: node[part], key.split('.'), config)
-        if not lowest <= value <= highest:
+        if not lowest <= value <= highest or math.isinf(value):
             expected = f'{lowest:g} or more' if highest == math.inf else f'{lowest:g} to {highest:g}'
+            expected = f'{lowest:g} or more, and less than 1,' if highest == BELOW_ONE else expected
             raise UserError(f'--config.{key}={value}: {expected} is expected.')
 
 

@@ -7,6 +7,7 @@ command, it resumes exactly. The workdir alone is enough to fine-tune or predict
 """
 
 import collections
+import contextlib
 import functools
 import importlib.util
 import math
@@ -58,6 +59,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
       Stopped: told to stop; a checkpoint is saved.
     """
     clock, stop = startup.Startup(), distributed.stop_notice()
+    workdir.check(path)
     check(config)
     data = load_store(config, path)
     set_vocab_size(config.model, data.tokenizer.vocab_size)
@@ -72,35 +74,35 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length,
                                                config.packed) for phase in phases}
     evaluators = {'held_out': make_evaluator(config, data, model, mesh, phases)} if config.eval_examples else {}
-    folder = workdir.start(path, config, data.tokenizer)  # nothing is written before all is checked
-    clock.done('data')
-    state = train.make_init(model, tx, example, mesh)(config.seed)
-    if source is not None:
-        state = state.replace(params=checkpoint.warm_start(state.params, source))
-        del source
-    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
-    state = checkpoints.resume(state)
-    clock.done('restore')
-    start, num_steps = int(state.step), phases[-1].stop
-    if start:
-        print(f'{path}: resuming at step {start} of {num_steps}.')
-    step = clock.first(train.make_train_step(model, tx, mesh, config.accumulation, state))
-    rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
-    weights = models.target_weights(config.model)
-    writer = metrics.Writer(folder, start)
-    sharding = partition.batch_sharding(mesh)
-    placed = batches.placed_ahead(phase_batches(config, phases, streams, start, sharding), sharding)
-    train.fit(
-        state, step, distributed.watched(placed),
-        num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
-        save_every=config.save_every, eval_every=config.eval_every, evaluators=evaluators,
-        checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases), stop=stop,
-        rates=functools.partial(rates, config, phases))
-    writer.close()
-    results = checkpoints.scores(num_steps)
-    if jax.process_index() == 0:
-        paths.write_json(folder / 'results.json', results)
-        plots.curves(folder)
+    with workdir.opened(path, config, data.tokenizer) as folder:  # nothing is written before all is checked
+        clock.done('data')
+        state = train.make_init(model, tx, example, mesh)(config.seed)
+        if source is not None:
+            state = state.replace(params=checkpoint.warm_start(state.params, source))
+            del source
+        checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
+        state = checkpoints.resume(state)
+        clock.done('restore')
+        start, num_steps = int(state.step), phases[-1].stop
+        if start:
+            print(f'{path}: resuming at step {start} of {num_steps}.')
+        step = clock.first(train.make_train_step(model, tx, mesh, config.accumulation, state))
+        rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
+        weights = models.target_weights(config.model)
+        writer = metrics.Writer(folder, start)
+        sharding = partition.batch_sharding(mesh)
+        with contextlib.closing(phase_batches(config, phases, streams, start, sharding)) as made:
+            train.fit(
+                state, step, distributed.watched(batches.placed_ahead(made, sharding)), num_steps=num_steps,
+                hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
+                save_every=config.save_every, eval_every=config.eval_every, evaluators=evaluators,
+                checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases), stop=stop,
+                rates=functools.partial(rates, config, phases))
+        writer.close()
+        results = checkpoints.scores(num_steps)
+        if jax.process_index() == 0:
+            paths.write_json(folder / 'results.json', results)
+            plots.curves(folder)
     print_results(path, results)
     return results
 
@@ -109,6 +111,9 @@ RANGES = {'save_every': (1, math.inf), 'eval_every': (1, math.inf), 'eval_exampl
           'eval_batch_size': (1, math.inf),
           'mask_rate': (0.001, 1), 'short_rate': (0, 1), 'model.embeddings.dropout_rate': (0, 0.99),
           'model.encoder.dropout_rate': (0, 0.99), 'model.encoder.attention_dropout_rate': (0, 0.99)}
+
+
+LARGEST_BATCH = 1 << 20  # rows; a mistyped size would fill the memory before anything is said
 
 
 class Phase(NamedTuple):
@@ -172,14 +177,19 @@ def load_checkpoint(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Any:
 
 def check(config: ConfigDict) -> None:
     """Refuses what would fail later, or run and mean nothing."""
-    cli.check_ranges(config, cli.RANGES | RANGES)
+    weights = {f'model.targets.{name}.weight': (0, math.inf) for name in config.model.targets}
+    cli.check_ranges(config, cli.RANGES | RANGES | weights)
+    if not any(models.target_weights(config.model).values()):
+        raise UserError('model.targets: every weight is 0, so nothing would be learned.')
     positions = config.model.embeddings.max_length
     if not config.phases or any(len(phase) != 3 or min(phase) < 1 for phase in config.phases):
         raise UserError('phases: ((steps, max_length, batch_size), ...) is expected, each 1 or more.')
     if min(config.replacement) < 0 or sum(config.replacement) > 1:
         raise UserError(f'replacement {tuple(config.replacement)}: the shares of [MASK] and of random tokens are '
                         'expected, together 1 at most.')
-    for _, length, _ in config.phases:
+    for _, length, batch_size in config.phases:
+        if batch_size > LARGEST_BATCH:
+            raise UserError(f'A batch of {batch_size:,} rows: at most {LARGEST_BATCH:,} are expected.')
         if length > positions:
             raise UserError(f'A phase of max_length {length} is longer than the position table '
                             f'(model.embeddings.max_length = {positions}).')

@@ -70,14 +70,14 @@ def write_workdir(model: Pretrained, folder: pathlib.Path) -> list[str]:
     made = model.about.get('config', {})  # what predict needs of a fine-tuned one: its task and max_length
     config = ConfigDict({'model': model.model.to_dict(), 'source': model.about['source']} | {
         key: made[key] for key in ('task', 'max_length') if key in made})
-    opened = workdir.start(folder, config, model.tokenizer)
-    if model.labels:
-        paths.write_json(opened / 'labels.json', list(model.labels))
-    leaves, tree = jax.tree.flatten(model.params)
-    model.params = None
-    for i, leaf in enumerate(leaves):  # one by one: NumPy's copy goes as JAX's comes
-        leaves[i] = jax.device_put(leaf)
-    checkpoint.write_params(opened / 'checkpoints', jax.tree.unflatten(tree, leaves), model.about.get('scores', {}))
+    with workdir.opened(str(folder), config, model.tokenizer) as opened:
+        if model.labels:
+            paths.write_json(opened / 'labels.json', list(model.labels))
+        leaves, tree = jax.tree.flatten(model.params)
+        model.params = None
+        for i, leaf in enumerate(leaves):  # one by one: NumPy's copy goes as JAX's comes
+            leaves[i] = jax.device_put(leaf)
+        checkpoint.write_params(opened / 'checkpoints', jax.tree.unflatten(tree, leaves), model.about.get('scores', {}))
     return []
 
 

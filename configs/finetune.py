@@ -55,6 +55,7 @@ def get_config(task='classification'):
     c.num_lengths = 4               # else: static lengths that batches are cut to, chosen from the data
     c.batch_size = paper['batch_size']
     c.epochs = paper['epochs']
+    c.keep_head = 'auto'            # a head of the same kind and labels is kept; True: it must be; False: a fresh one
     c.dropout_rate = 0.1
     c.dtype = 'float32'
     c.model = ConfigDict()          # filled in from init_from

@@ -97,13 +97,15 @@ def test_restarts_from_a_workdir_begin_with_the_same_weights(pretrained, tmp_pat
 def test_positions_that_pretraining_never_saw_are_said_and_remat_is_this_runs_own(pretrained, tmp_path, capfd):
     train = write(tmp_path / 'train.csv', [(f'{text} ' * (25 if i else 1), label) for i, (text, label) in enumerate(rows(30))])
     for length, said in ((96, False), (128, True)):
-        job = finetune.Job(load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full'))
+        c = load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full')
+        job = finetune.Job(c, finetune.read_task(c))
         assert ('was trained on up to 96 tokens' in capfd.readouterr().err) == said
     assert job.model_config.encoder.remat == 'full' and job.source.model.encoder.remat == 'none'
 
 
 def test_a_dev_loss_that_is_not_finite_ends_the_run_as_one_in_training_does(pretrained, tmp_path):
-    job = finetune.Job(load_config(pretrained, write(tmp_path / 'train.csv', rows(30))))
+    c = load_config(pretrained, write(tmp_path / 'train.csv', rows(30)))
+    job = finetune.Job(c, finetune.read_task(c))
     params = jax.tree.map(lambda x: x * np.nan, job.init(0).params)
     with pytest.raises(train.Diverged, match='The loss on dev is not finite at step 7'):
         finetune._score(job, 'dev', 8, 7, params)

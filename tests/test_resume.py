@@ -100,7 +100,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(stor
     victim.write_bytes(content)
     result = run_module('pretrain', *command(store_path, work))
     assert result.returncode == 0, result.stderr
-    assert 'checkpoint 10' in result.stdout and 'is damaged' in result.stdout and 'resuming at step 8' in result.stdout
+    assert 'checkpoint 10' in result.stderr and 'is damaged' in result.stderr and 'resuming at step 8' in result.stdout
     assert_same(work, pretrained)
 
 

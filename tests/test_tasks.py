@@ -231,7 +231,7 @@ def test_one_tasks_weights_under_anothers_head(model, tmp_path):
     (tmp_path / 'rte').mkdir()
     finetune.finetune(config('mnli', model, make('mnli', tmp_path / 'mnli'), 'epochs=2.0'), str(tmp_path / 'first'))
     c = config('rte', tmp_path / 'first', make('rte', tmp_path / 'rte'), 'epochs=1.0')
-    job = finetune.Job(c)
+    job = finetune.Job(c, finetune.read_task(c))
     tuned, _, _ = checkpoint.load_params(tmp_path / 'first', best='dev/accuracy')
     start = finetune._initial(job, c).params
     for part in ('embeddings', 'encoder', 'pooler'):
@@ -517,6 +517,9 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
     finetune.finetune(config('classification', model, settings, *overrides), str(tmp_path / 'work'))
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('run.json')}
     assert sum(before[p] != after[p] for p in before) == 1
+    changed = table(tmp_path / 'changed.csv', ('text', 'label'), [('w1', 'a'), ('w11', 'b'), ('w21', 'c')])
+    with pytest.raises(UserError, match='batch4-lr1e-05-epochs2-seed0 holds a run on other data; what differs: data.dev'):
+        finetune.finetune(config('classification', model, settings | {'dev_file': str(changed)}, *overrides), str(tmp_path / 'work'))
     assert json.loads((tmp_path / 'work' / 'sweep.json').read_text())['runs'] == runs
     with pytest.raises(UserError, match='dropout_rate'):
         finetune.finetune(config('classification', model, settings, *overrides, 'dropout_rate=0.2'), str(tmp_path / 'work'))
@@ -586,23 +589,24 @@ def test_a_run_of_a_sweep_has_its_own_shapes_whatever_was_run_before(model, tmp_
     rows = [(text(i % 3, int(n)), 'abc'[i % 3]) for i, n in enumerate(np.random.default_rng(0).geometric(0.2, 300).clip(1, 60))]
     file = str(table(tmp_path / 'c.csv', ('text', 'label'), rows))
     c = config('classification', model, {'train_file': file, 'dev_file': file}, 'max_length=64', 'batch_size=64')
-    lengths = [finetune.Job(c).data(size)['train'].row_length for size in (4, 64)]
+    lengths = [finetune.Job(c, finetune.read_task(c)).data(size)['train'].row_length for size in (4, 64)]
     c.batch_size = 4
-    assert lengths == [finetune.Job(c).data(size)['train'].row_length for size in (4, 64)]
+    assert lengths == [finetune.Job(c, finetune.read_task(c)).data(size)['train'].row_length for size in (4, 64)]
     assert lengths[0] != lengths[1]
 
 
 def test_what_is_frozen_stays_and_rows_may_be_apart(model, tmp_path):
     c = config('classification', model, make('classification', tmp_path), "frozen=('embeddings','encoder')", 'packed=False', 'epochs=1.0')
     finetune.finetune(c, str(tmp_path / 'work'))
-    job = finetune.Job(c)
+    job = finetune.Job(c, finetune.read_task(c))
     assert not job.packed and job.data(8)['train'].shapes.startswith('lengths')
     found, _, _ = checkpoint.load_params(tmp_path / 'work')
     for part, same in (('embeddings', True), ('encoder', True), ('pooler', False)):
         pairs = zip(jax.tree.leaves(found[part]), jax.tree.leaves(job.source.params[part]))
         assert all(np.array_equal(a, b) for a, b in pairs) == same
     with pytest.raises(UserError, match="Unknown part for --config.frozen 'heads'"):
-        finetune.Job(config('classification', model, make('classification', tmp_path), "frozen=('heads',)"))
+        c = config('classification', model, make('classification', tmp_path), "frozen=('heads',)")
+        finetune.Job(c, finetune.read_task(c))
 
 
 def test_names_of_runs_are_all_different(model, tmp_path):
