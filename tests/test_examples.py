@@ -148,7 +148,7 @@ def test_the_pipelines_give_exactly_the_batches(store, monkeypatch, stream, ther
         batches.import_tensorflow().join()
     else:
         alive = iter([True, True, not there] + [not there] * 9)
-        monkeypatch.setattr(batches, 'import_tensorflow', lambda: type('Thread', (), {'is_alive': lambda self: next(alive)})())
+        monkeypatch.setattr(batches, 'import_tensorflow', lambda: type('Thread', (), {'is_alive': lambda self: next(alive), 'join': lambda self: None})())
     given = list(batches.STREAMS[stream](lambda step: source.batch(step, 8), 3, 12))
     assert len(given) == 9
     for step, batch in zip(range(3, 12), given):

@@ -38,14 +38,17 @@ def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[B
     The first ones come without it, so that the first step need not wait: tensorflow is imported beside the next ones.
     Where the stream ends earlier, or is closed, that import is waited for: a process that ends within it only crashes.
     """
-    begun = start
+    begun, importing = start, None
     try:
-        while start < stop and (start < begun + AHEAD or import_tensorflow().is_alive()):
+        while start < stop:
+            importing = import_tensorflow() if start >= begun + AHEAD else None
+            if importing and not importing.is_alive():
+                break
             yield make(start)
             start += 1
     finally:
-        if import_tensorflow.cache_info().currsize:  # has begun
-            import_tensorflow().join()
+        if importing:
+            importing.join()
     if start >= stop:
         return
     import tensorflow as tf  # machines without it use `thread_stream`

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bert_jax.cli import UserError
-from bert_jax.data import draws, masking, packing
+from bert_jax.data import draws, fields, masking, packing
 from bert_jax.data import plan as plans
 from bert_jax.data.store import Split
 from bert_jax.data.tokenizer import Tokenizer
@@ -85,7 +85,10 @@ class Examples:
     def batch(self, step: int, batch_size: int, rows: slice | np.ndarray = slice(None), begin: int = 0
               ) -> dict[str, np.ndarray]:
         """The `rows` of the global batch of one step, counted from row `begin`; the same on any number of hosts."""
-        numbers = begin + step * batch_size + np.arange(batch_size)[rows]
+        return self.at(begin + step * batch_size + np.arange(batch_size)[rows])
+
+    def at(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by their numbers in the whole stream, epoch after epoch."""
         epochs = numbers // self.epoch_size
         parts = [self.make(int(epoch), numbers[epochs == epoch] % self.epoch_size) for epoch in np.unique(epochs)]
         if len(parts) == 1:
@@ -97,10 +100,7 @@ class Examples:
         count = min(limit, self.epoch_size)
         numbers = number * batch_size + np.arange(batch_size)
         real = numbers < count
-        batch = self.make(0, np.where(real, numbers, 0))
-        for name in ('masked_lm_weights', 'next_sentence_weights'):
-            batch[name] = batch[name] * real[:, None].astype(np.float32)
-        return batch | {'is_real_example': real.astype(np.int32)}
+        return fields.emptied(self.make(0, np.where(real, numbers, 0)), real)
 
     def make(self, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Rows [len(numbers), L] of one epoch, masked, by their number in its plan."""
@@ -109,7 +109,7 @@ class Examples:
         rows = self.rows(epoch)
         members, owners = rows.examples(numbers % len(rows))
         return packing.join(self._masked(epoch, members), owners, len(numbers), self.row_length,
-                            masking.max_predictions(self.row_length, self.mask_rate))
+                            masking.max_predictions(self.row_length, self.mask_rate), self.tokenizer.pad_id)
 
     def _masked(self, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         batch, candidates = unmasked(self.split.tokens, self.plan(epoch)[numbers], self.max_length, self.tokenizer)
@@ -153,13 +153,10 @@ def unmasked(tokens: np.ndarray, rows: np.ndarray, length: int, tokenizer: Token
 def empty(batch_size: int, max_length: int, mask_rate: float, packed: int) -> dict[str, np.ndarray]:
     """Arrays of the names, shapes and types of a batch, that need no text and no memory."""
     length = max_length * max(1, packed)
-    widths = dict.fromkeys(('input_ids', 'input_mask', 'segment_ids', 'position_ids'), length)
-    pairs = packing.slots(length) if packed else 1
-    widths |= dict.fromkeys(('cls_positions', 'next_sentence_labels', 'next_sentence_weights'), pairs)
-    predictions = masking.max_predictions(length, mask_rate)
-    widths |= dict.fromkeys(('masked_lm_positions', 'masked_lm_ids', 'masked_lm_weights'), predictions)
-    return {name: np.broadcast_to(np.zeros((), np.float32 if 'weights' in name else np.int32), (batch_size, width))
-            for name, width in widths.items()}
+    widths = {'length': length, 'predictions': masking.max_predictions(length, mask_rate),
+              'pairs': packing.slots(length) if packed else 1}
+    return {name: np.broadcast_to(fields.full(name, ()), (batch_size, widths[field.axis]))
+            for name, field in fields.FIELDS.items() if field.axis in widths}
 
 
 def check_batch_size(batch_size: int, devices: int, accumulation: int) -> None:
