@@ -14,6 +14,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from bert_jax import renamed
+
 RESTART = 75  # exit code: nothing is wrong, the same command goes on (EX_TEMPFAIL)
 
 
@@ -100,9 +102,11 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
         key, separator, _ = override.removeprefix('--config.').partition('=')
         if not separator:
             raise UserError(f'Override {override} has no value; write {override}=VALUE.')
-        if key not in known:
+        if renamed.override(key, known) not in known:
             raise unknown('config key', key, known)
-    return _evaluate(path, list({one.partition('=')[0]: one for one in overrides}.values()))  # the last of each key
+    values = {renamed.override(key.removeprefix('--config.'), known): value  # the last of each key
+              for key, _, value in (override.partition('=') for override in overrides)}
+    return _evaluate(path, [f'--config.{key}={value}' for key, value in values.items()])
 
 
 def _evaluate(path: str, overrides: list[str]) -> ConfigDict:

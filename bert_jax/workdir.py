@@ -20,7 +20,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from bert_jax import checkpoint, cli, distributed, lock, paths
+from bert_jax import checkpoint, cli, distributed, lock, paths, renamed
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 
@@ -50,7 +50,7 @@ def opened(path: str, config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> It
     with _held(workdir):
         described, begun = describe(config), bool(checkpoint.Checkpoints(workdir / 'checkpoints').steps())
         if begun:
-            must_agree(workdir, paths.read_json(workdir / 'config.json'), described)
+            must_agree(workdir, renamed.current(paths.read_json(workdir / 'config.json')), described)
             if tokenizers.load(workdir).hash != tokenizer.hash:
                 raise UserError(f'{workdir}: its tokenizer is not the one of the data.')
         if jax.process_index() == 0:
@@ -147,7 +147,7 @@ def read_config(path: str) -> ConfigDict:
     file = epath.Path(path) / 'config.json'
     if not file.exists():
         raise UserError(f'{path}: not a workdir (no config.json in it).')
-    return ConfigDict(paths.read_json(file))
+    return ConfigDict(renamed.current(paths.read_json(file)))
 
 
 def flat(described: dict[str, Any], prefix: str = '') -> dict[str, Any]:
