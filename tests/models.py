@@ -71,9 +71,11 @@ def build(*overrides, arg='tiny'):
 
 
 @contextlib.contextmanager
-def forced(monkeypatch, branch):
-    """Within it every choice by platform takes its `cpu` branch, or the `default` of all others."""
+def forced(monkeypatch, branch, taken=None):
+    """Within it every choice by platform takes its `cpu` branch, or the `default` of all others; `taken` counts them."""
     def choose(*args, default, **of_platforms):
+        if taken is not None:
+            taken.append(branch)
         return (of_platforms['cpu'] if branch == 'cpu' else default)(*args)
 
     with monkeypatch.context() as patch:
