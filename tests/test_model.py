@@ -11,14 +11,16 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+import watch
 from conftest import ROOT
-from models import D, L, P, SITES, V, batch, build, config, factors, forced, packed_batch, random_params, recorded_dropout
+from models import D, L, P, V, batch, build, config, packed_batch, random_params
 
 from bert_jax.cli import UserError
+from bert_jax.model import layers
 from bert_jax.model import model as models
 from bert_jax.model.embeddings import lookup, padded_vocab_size
 from bert_jax.model.encoders import ENCODERS, Encoded
-from bert_jax.model.layers import FEW_ROWS, Attention, Dense, Dropout, LayerNorm, Output, QueryKeyValue, gelu, random_bits
+from bert_jax.model.layers import FEW_ROWS, Attention, Dense, Dropout, LayerNorm, gelu, random_bits
 from bert_jax.model.targets import TARGETS
 
 
@@ -250,9 +252,9 @@ def test_where_each_dropout_stands():
     """After the embeddings' norm, on the probabilities, and on what is added before each norm: with the masks that were drawn."""
     model, example = build('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1', "model.encoder.layer_outputs=('hidden',)"), batch()
     params, real = random_params(model, example), example['input_mask'] > 0
-    with recorded_dropout() as sites:
+    with watch.dropout() as sites:
         encoded = model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(1)}, method='encode')
-    hidden, _ = plain.encode(plain.tensors(params), example, factors(sites))
+    hidden, _ = plain.encode(plain.tensors(params), example, watch.factors(sites))
     for layer in range(3):
         np.testing.assert_allclose(encoded.layers['hidden'][layer][real], hidden[layer].detach()[real], atol=2e-5)
 
@@ -291,8 +293,7 @@ def test_every_choice_by_platform_is_forced_both_ways_here():
     """A new one needs a test that runs both of its branches on CPU, as those below and test_optimizer do."""
     found = {path.name: path.read_text().count('platform_dependent(') for path in (ROOT / 'bert_jax').rglob('*.py')}
     assert {name: count for name, count in found.items() if count} == {'layers.py': 2, 'optimizer.py': 1}
-    layers = (ROOT / 'bert_jax/model/layers.py').read_text()
-    assert layers.count('_by_platform(') == 1 + 2  # its definition, the heads' split and their join
+    assert (ROOT / 'bert_jax/model/layers.py').read_text().count('_by_platform(') == 1 + 2  # its definition, the heads' split and their join
 
 
 @pytest.mark.parametrize('branch', ['cpu', 'other'])
@@ -315,8 +316,8 @@ def test_the_projections_of_attention_on_every_platform(branch, monkeypatch):
         grads = {name: jax.tree.map(lambda y: rng.normal(size=y.shape), out) for name, (out, _) in exact.items()}
         exact = {name: jax.tree.map(np.asarray, (out, back(jax.tree.map(jnp.asarray, grads[name])))) for name, (out, back) in exact.items()}
     taken = []
-    with forced(monkeypatch, branch, taken):
-        for name, module, given in (('qkv', QueryKeyValue((4, 8), jnp.float32), x), ('out', Output(jnp.float32), mixed)):
+    with watch.forced(monkeypatch, branch, taken):
+        for name, module, given in (('qkv', layers.QueryKeyValue((4, 8), jnp.float32), x), ('out', layers.Output(jnp.float32), mixed)):
             out, back = jax.vjp(lambda x, kernel, bias: module.apply({'params': {'kernel': kernel, 'bias': bias}}, x),  # noqa: B023
                                 *(jnp.asarray(one, jnp.float32) for one in (given, kernels[name], biases[name])))
             found = out, back(jax.tree.map(jnp.float32, grads[name]))
@@ -363,7 +364,7 @@ def recorded_masks(**rates):
     params = random_params(model, example)
 
     def run(seed):
-        with recorded_dropout() as sites:
+        with watch.dropout() as sites:
             model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(seed)}, method='losses')
         return {path: [call[:2] for call in calls] for path, calls in sites.items()}
 
@@ -374,7 +375,7 @@ def test_each_dropout_site_has_its_own_rate():
     sites = recorded_masks(embeddings__dropout_rate=0.1, encoder__dropout_rate=0.3, encoder__attention_dropout_rate=0.5)(0)
     rates = {name: np.mean([(out == 0).mean() for _, out in calls]) for name, calls in sites.items()}
     scales = {name: np.nanmedian([np.median((out / into)[out != 0]) for into, out in calls]) for name, calls in sites.items()}
-    expected = dict(zip(SITES, (0.1, 0.5, 0.3, 0.3)))
+    expected = dict(zip(watch.SITES, (0.1, 0.5, 0.3, 0.3)))
     assert rates.keys() == expected.keys()
     for name, rate in expected.items():
         assert abs(rates[name] - rate) < 0.04, name

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import plain
 import pytest
+import watch
 from ml_collections import ConfigDict
 
 from bert_jax import metrics, partition, train
@@ -27,7 +28,7 @@ def one_step(model, params, example, *, accumulation=1, weights=WEIGHTS, frozen=
     """For each (step, seed): the state after it, whose opt_state is the gradient; metrics; what each dropout did."""
     trained = {name: part for name, part in params.items() if name not in frozen}
     made = []
-    with models.recorded_dropout() as sites:
+    with watch.dropout() as sites:
         for step, seed in hyper:
             state = train.TrainState(jnp.int32(step), jax.tree.map(jnp.array, params), KEEPS_GRADIENTS.init(trained))
             if not made:
@@ -60,10 +61,10 @@ def test_what_a_step_computes_with_dropout_on(packed, accumulation):
     example['next_sentence_weights'] = example['next_sentence_weights'] * (np.arange(8) % 3 > 0)[:, None].astype(np.float32)
     params = models.random_params(model, example, scale=0.1)
     ((state, found, sites),) = one_step(model, params, example, accumulation=accumulation)
-    assert [len(sites[path]) for path in models.SITES] == [accumulation, *[2 * accumulation] * 3]
-    assert [sites[path][0][2] for path in models.SITES] == [0.2, 0.4, 0.2, 0.2]
+    assert [len(sites[path]) for path in watch.SITES] == [accumulation, *[2 * accumulation] * 3]
+    assert [sites[path][0][2] for path in watch.SITES] == [0.2, 0.4, 0.2, 0.2]
 
-    tree, masks, size = plain.tensors(params), models.factors(sites), 8 // accumulation
+    tree, masks, size = plain.tensors(params), watch.factors(sites), 8 // accumulation
     sums = {name: dict.fromkeys(('loss', 'right', 'count'), 0) for name in WEIGHTS}
     for part in range(accumulation):  # micro-batches one after the other, each with its own masks
         rows = {name: array[part * size:(part + 1) * size] for name, array in example.items()}
@@ -97,9 +98,9 @@ def test_a_step_of_fine_tuning_with_frozen_embeddings():
     weights = model_parts.target_weights(config)
     ((state, found, sites),) = one_step(model, params, example, weights=weights, frozen=('embeddings',))
     tree = plain.tensors(params)
-    (head,) = models.factors(sites, {'targets_classification/Dropout_0': 'head'})['head']
+    (head,) = watch.factors(sites, {'targets_classification/Dropout_0': 'head'})['head']
     assert abs((head == 0).mean() - 0.5) < 0.15
-    terms = plain.classification(tree, example, models.factors(sites), head)['classification']
+    terms = plain.classification(tree, example, watch.factors(sites), head)['classification']
     assert int(terms['count']) == 12
     gradient = plain.gradients(2.0 * terms['loss'] / terms['count'], tree)
     del gradient['embeddings']
@@ -119,10 +120,10 @@ def test_dropout_is_a_function_of_seed_and_step():
     for _, found, sites in one_step(model, params, example, hyper=which):
         losses.append(value(found['loss']))
         drawn.append({path: np.stack([out != 0 for _, out, _ in calls]) for path, calls in sites.items()})
-    assert losses[0] == losses[1] and all(np.array_equal(drawn[0][path], drawn[1][path]) for path in models.SITES)
+    assert losses[0] == losses[1] and all(np.array_equal(drawn[0][path], drawn[1][path]) for path in watch.SITES)
     for loss, other in zip(losses[2:], drawn[2:]):
         assert abs(loss - losses[0]) > 1e-4
-        assert all(abs((drawn[0][path] == other[path]).mean() - 0.5) < 0.06 for path in models.SITES)
+        assert all(abs((drawn[0][path] == other[path]).mean() - 0.5) < 0.06 for path in watch.SITES)
 
 
 @jax.jit
