@@ -29,7 +29,8 @@ def run(script, *args):
     ('prepare', ('--input', 'CORPUS', '--tokenizer', 'VOCAB', '--megabytes', '1', '--repeats', '1', '--peers', '--peer_megabytes', '1'),
      ('MB/s', 'datasets')),
     ('pipeline', ('--store', 'STORE', '--batch_size', '2', '--repeats', '1'), ('sequences/s', 'whole_word')),
-    ('startup', ('--store', 'STORE', '--repeats', '1'), ('import', 'warm'))])
+    ('startup', ('--store', 'STORE', '--repeats', '1'), ('import', 'warm')),
+    ('same_numbers', ('--before', 'HEAD'), ('pretraining_packed', 'largest relative difference'))])
 def test_each_runs_and_prints_its_figures(script, args, words, corpus, vocab, store_path, tmp_path):
     make('sst2', tmp_path, 64)
     entries = json.loads((vocab / 'tokenizer.json').read_text())['model']['vocab']
