@@ -36,6 +36,20 @@ def batch(rng=None, padded=True):
         'label_ids': rng.integers(0, 3, B).astype(np.int32), 'is_real_example': np.ones(B, np.int32)}
 
 
+def packed_batch():
+    """Two examples a row, of 3 to 8 tokens, and padding after them."""
+    rng, example = np.random.default_rng(1), batch(padded=False)
+    first, both = rng.integers(3, 6, B)[:, None], rng.integers(8, L + 1, B)[:, None]
+    place = np.arange(L)
+    example['input_mask'] = ((place < both) * (1 + (place >= first))).astype(np.int32)
+    example['position_ids'] = np.where(place < first, place, place - first).astype(np.int32)
+    example['cls_positions'] = np.concatenate([np.zeros_like(first), first], 1).astype(np.int32)
+    for name in ('next_sentence_labels', 'next_sentence_weights'):
+        example[name] = np.repeat(example[name], 2, 1)
+    example['masked_lm_positions'] = np.minimum(example['masked_lm_positions'], both - 1).astype(np.int32)
+    return example
+
+
 def random_params(model, example, seed=0, scale=0.2):
     """Every tensor random and of realistic size, LayerNorm scales and biases too, so that no swap can hide."""
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), example, train=False))['params']

@@ -7,25 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import call_module, expect_error
-from models import L, batch, build, random_params
+from models import L, batch, build, packed_batch, random_params
 
 from bert_jax.model import encoders, layers
 
 ON_GPU = jax.default_backend() == 'gpu'
-
-
-def packed_batch():
-    """Two examples a row, of 5 to 8 tokens, and padding after them."""
-    rng, example = np.random.default_rng(1), batch(padded=False)
-    first, both = rng.integers(3, 6, 8)[:, None], rng.integers(8, L + 1, 8)[:, None]
-    place = np.arange(L)
-    example['input_mask'] = ((place < both) * (1 + (place >= first))).astype(np.int32)
-    example['position_ids'] = np.where(place < first, place, place - first).astype(np.int32)
-    example['cls_positions'] = np.concatenate([np.zeros_like(first), first], 1).astype(np.int32)
-    for name in ('next_sentence_labels', 'next_sentence_weights'):
-        example[name] = np.repeat(example[name], 2, 1)
-    example['masked_lm_positions'] = np.minimum(example['masked_lm_positions'], both - 1).astype(np.int32)
-    return example
 
 
 @pytest.mark.parametrize('implementation', ['xla', pytest.param('cudnn', marks=pytest.mark.skipif(

@@ -39,6 +39,12 @@ def test_each_runs_and_prints_its_figures(script, args, words, corpus, vocab, st
     assert all(word in found for word in words), found
 
 
+@LONG
+def test_the_numbers_of_this_commit_are_its_own():
+    found = run('same_numbers', '--before', 'HEAD')
+    assert 'largest relative difference' in found and found.count('0.0e+00') == found.count('\n') - 1 == 4, found
+
+
 def test_the_page_has_what_was_run_and_names_what_was_not(tmp_path):
     (tmp_path / 'prepare.txt').write_text('$ python benchmarks/prepare.py\n10.0 MB/s\ncommit abc\n')
     (tmp_path / 'train_base.txt').write_text('ours 1.5 sequences/s\n')

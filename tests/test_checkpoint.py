@@ -81,6 +81,26 @@ def test_damage_in_every_file_is_noticed(saved, tmp_path, damage, capsys):
         shutil.rmtree(copy)
 
 
+def test_a_flip_anywhere_in_a_large_file_is_noticed(tmp_path):
+    """Five megabytes that no compression makes smaller: first and last byte, and one of each half megabyte."""
+    noise = np.random.default_rng(0).integers(0, 2**32, 1_300_000, np.uint32).view(np.float32)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, State(jnp.int32(1), {'a': jnp.asarray(noise)}, {}))
+    checkpoints.wait()
+    path = max((tmp_path / '00000001').rglob('*'), key=lambda path: path.stat().st_size * path.is_file())
+    size = path.stat().st_size
+    assert size > 5_000_000 and not checkpoints.problem(1)
+    with path.open('r+b') as file:
+        for at in (0, *range(300_000, size, 500_000), size - 1):
+            file.seek(at)
+            byte = file.read(1)
+            for content in (bytes([byte[0] ^ 1]), byte):
+                file.seek(at)
+                file.write(content)
+                file.flush()
+                assert checkpoints.problem(1).endswith('is damaged') == (content != byte), at
+
+
 def test_a_flip_anywhere_in_a_manifest_is_noticed(saved):
     path = saved / '00000030' / 'manifest.json'
     content = path.read_bytes()

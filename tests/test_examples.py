@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import AS_IN_THE_PAPER
+from conftest import AS_IN_THE_PAPER, TINY
 
-from bert_jax import pretrain
+from bert_jax import cli, evaluate, metrics, partition, pretrain
 from bert_jax.cli import UserError
 from bert_jax.data import batches, draws, examples, masking, tokenizer
 from bert_jax.data.store import Split
@@ -230,6 +230,122 @@ def test_held_out_batches_are_exact_and_fixed(store):
         last = made[-1]
         assert not last['masked_lm_weights'][last['is_real_example'] == 0].any()
         assert not last['next_sentence_weights'][last['is_real_example'] == 0].any()
+
+
+def test_draws_are_the_published_mixers():
+    """SplitMix64's published outputs for the seed 1234567; both mixers in Python's own integers; no draw may ever change."""
+    state, first = 1234567, []
+    for _ in range(3):
+        first.append(int(draws.bits64(state)[0]))
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+    assert first == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+    def mix64(x):
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ x >> shift) * factor % 2**64
+        return x ^ x >> 31
+
+    def mix32(x):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ x >> shift) * factor % 2**32
+        return x ^ x >> 16
+
+    def bits64(*keys):
+        state = 0
+        for key in keys:
+            state = mix64((state + 0x9E3779B97F4A7C15 + key) % 2**64)
+        return state
+
+    def bits32(row, column, stream):
+        row ^= bits64(stream)
+        return mix32(mix32((row // 2**32 + column * 0x9E3779B1) % 2**32) ^ row % 2**32)
+
+    rng = np.random.default_rng(0)
+    keys, columns = rng.integers(0, 2**64, (3, 20), np.uint64), np.arange(0, 60, 3)
+    assert draws.bits64(*keys).tolist() == [bits64(*map(int, one)) for one in keys.T]
+    for stream in (0, 2):
+        assert draws.bits32(keys[0], columns, stream).tolist() == [bits32(int(a), int(b), stream) for a, b in zip(keys[0], columns)]
+    assert draws.permutation(9, 4, 2).tolist() == sorted(range(9), key=lambda i: bits64(4, 2, i))
+    assert draws.below(keys[0], 1000).tolist() == [int(key) // 2**32 * 1000 // 2**32 for key in keys[0]]
+    ends = np.array([0, 2**64 - 1], np.uint64)
+    assert draws.below(ends, 7).tolist() == [0, 6] and draws.below(ends, np.array([1, 1])).tolist() == [0, 0]
+    half = np.array([2**63 - 1, 2**63], np.uint64)
+    assert draws.chance(half, 0.5).tolist() == [True, False]
+    assert draws.chance((half >> np.uint64(32)).astype(np.uint32), 0.5).tolist() == [True, False]
+
+
+def test_examples_against_a_plain_loop(store):
+    """[CLS] A [SEP] B [SEP] and what may be masked, token by token."""
+    tok = store.tokenizer
+    for pairing in ('next_sentence', 'single'):
+        table = make(store, 48, pairing=pairing).plan(0)[:60]
+        batch, candidates = examples.unmasked(store.train.tokens, table, 48, tok)
+        for i, row in enumerate(table):
+            a, b = (store.train.tokens[row[f'{side}_start']:][:row[f'{side}_length']].tolist() for side in 'ab')
+            first, second = [tok.cls_id, *a, tok.sep_id], [*b, tok.sep_id] if b else []
+            n, rest = len(first + second), [0] * (48 - len(first + second))
+            assert batch['input_ids'][i].tolist() == first + second + [tok.pad_id] * len(rest)
+            assert batch['input_mask'][i].tolist() == [1] * n + rest
+            assert batch['segment_ids'][i].tolist() == [0] * len(first) + [1] * len(second) + rest
+            assert batch['position_ids'][i].tolist() == list(range(48))
+            assert candidates[i].tolist() == [False, *[True] * len(a), False, *([True] * len(b) + [False] if b else []), *map(bool, rest)]
+            assert batch['cls_positions'][i] == 0 and batch['next_sentence_labels'][i] == row['label']
+            assert batch['next_sentence_weights'][i] == bool(b)
+        assert {name: array.dtype.name for name, array in batch.items()} == {
+            name: 'float32' if name == 'next_sentence_weights' else 'int32' for name in batch}
+
+
+def test_masks_depend_on_seed_epoch_length_and_row(store):
+    """Examples of equal tokens: any two rows, epochs, seeds or lengths choose their places, and what stands there, apart."""
+    tokens = np.full(24_000, store.tokenizer.regular_ids[0], np.uint16)
+    split = Split(tokens, np.full(400, 60, np.uint16), np.full(2, 200, np.uint32))
+
+    def drawn(length, seed, epoch, first):
+        """(bool [rows, 62] places, ids there) of full rows."""
+        source = make(store, length, seed=seed, split=split, pairing='single', short_rate=0.0, replacement=(0.0, 0.5))
+        masked = source.make(epoch, np.arange(first, first + 150))
+        real, places = masked['masked_lm_weights'] > 0, np.zeros((150, length), bool)
+        places[np.nonzero(real)[0], masked['masked_lm_positions'][real]] = True
+        return places[:, 1:61], masked['input_ids'][:, 1:61]
+
+    places, ids = drawn(62, 0, 0, 0)
+    assert abs(places.mean() - 9 / 60) < 1e-6
+    assert all(np.array_equal(*pair) for pair in zip((places, ids), drawn(62, 0, 0, 0)))
+    changed = (ids != store.tokenizer.regular_ids[0])
+    assert abs(changed.sum() / places.sum() - 0.5) < 0.05
+    for other in ((62, 1, 0, 0), (62, 0, 1, 0), (62, 0, 0, 150), (63, 0, 0, 0)):
+        there, ids_there = drawn(*other)
+        assert abs(places[there].mean() - places.mean()) < 0.04, other  # no more often together than by chance
+        both = changed & (ids_there != store.tokenizer.regular_ids[0])
+        assert both.sum() > 20 and (ids == ids_there)[both].mean() < 0.05, other
+
+
+def test_the_held_out_evaluation_is_of_every_example_once(store, monkeypatch):
+    """Thirteen of batches of eight, at the length of the step's phase; the unigram model's scores beside them."""
+    config = cli.load_config('configs/pretrain.py:tiny', [*TINY, '--config.eval_examples=13'])
+    phases, seen = pretrain.make_phases(config.phases), []
+
+    def loss_step(params, batch):
+        batch = {name: np.asarray(array) for name, array in batch.items()}
+        seen.append(batch)
+        return {'mlm/loss': metrics.Mean.of(batch['masked_lm_ids'], batch['masked_lm_weights'])}
+
+    monkeypatch.setattr(evaluate, 'make_loss_step', lambda *_: loss_step)
+    mesh = partition.make_mesh((-1, 1, 1))
+    evaluator = pretrain.make_evaluator(config, store, None, mesh, phases)
+    counts = np.bincount(store.train.tokens, minlength=store.tokenizer.vocab_size) + 1.0
+    for step, length in ((6, 64), (7, 96), (10, 96)):
+        seen.clear()
+        found = evaluator(step, None)
+        expected = make(store, length, seed=examples.EVALUATION_SEED, split=store.held_out).make(0, np.arange(13))
+        rows = {name: np.concatenate([batch[name] for batch in seen]) for name in seen[0]}
+        real = rows.pop('is_real_example') > 0
+        assert real.sum() == 13 and len(real) % 8 == 0
+        assert equal({name: array[real] for name, array in rows.items()}, expected)
+        answers = expected['masked_lm_ids'][expected['masked_lm_weights'] > 0]
+        assert found == pytest.approx({
+            'mlm/loss': answers.mean(), 'mlm/unigram_loss': -np.log(counts / counts.sum())[answers].mean(),
+            'mlm/unigram_accuracy': (answers == counts.argmax()).mean()})
 
 
 def test_draws_are_uniform_and_independent():

@@ -14,6 +14,8 @@ from mesh_check import SETTINGS
 
 from bert_jax import optimizer, partition, train
 from bert_jax.cli import UserError
+from bert_jax.model import model as model_parts
+from bert_jax.model.targets import TARGETS
 
 
 @pytest.fixture(scope='module')
@@ -98,6 +100,82 @@ def test_every_parameter_and_its_share_can_be_listed():
     assert rows['encoder/layers/mlp/up/bias'][1] == '-, tensor'
     assert all(('fsdp' in split) != name.endswith(('bias', 'scale')) for name, (_, split, _) in rows.items())
     assert sum(size for *_, size in rows.values()) < 4 * sum(np.prod(shape) for shape, *_ in rows.values()) / 3
+
+
+KERNEL, LSTM = ('fsdp -', 'fsdp -'), ('- fsdp', '- fsdp')
+SPECS = {  # how each parameter lies on 2 data x 2 fsdp x 2 tensor, and on 2 data x 4 fsdp; what is not here lies whole
+    'embeddings/token': ('tensor fsdp', 'fsdp -'),                                      # [V, D]
+    'embeddings/position': ('- fsdp', '- fsdp'),                                        # [max_length, D]
+    'embeddings/segment': ('- fsdp', '- fsdp'),                                         # [2, D]
+    'encoder/layers/attention/qkv/kernel': ('- fsdp tensor - -', '- fsdp - - -'),       # [N, D, H, 3, K]
+    'encoder/layers/attention/qkv/bias': ('- tensor - -', '- - - -'),                   # [N, H, 3, K]
+    'encoder/layers/attention/out/kernel': ('- tensor - fsdp', '- - - fsdp'),           # [N, H, K, D]
+    'encoder/layers/mlp/up/kernel': ('- fsdp tensor', '- - fsdp'),                      # [N, D, F]
+    'encoder/layers/mlp/up/bias': ('- tensor', '- -'),                                  # [N, F]
+    'encoder/layers/mlp/down/kernel': ('- tensor fsdp', '- fsdp -'),                    # [N, F, D]
+    'pooler/dense/kernel': KERNEL, 'targets_mlm/dense/kernel': KERNEL,                  # [D, D]
+    **{f'targets_{name}/dense/kernel': KERNEL for name in (                             # [D, C]
+        'nsp', 'classification', 'multilabel', 'regression', 'tagging', 'span', 'multiple_choice')},
+    **{f'targets_bilstm_tagging/{side}_{layer}/{name}': LSTM for side in ('forward', 'backward') for layer in (0, 1)
+       for name in ('recurrent', 'inputs/kernel')},                                     # [H, 4 H], [D or 2 H, 4 H]
+    'targets_bilstm_tagging/dense/kernel': KERNEL, 'targets_bilstm_tagging/mix': ('fsdp', 'fsdp'),     # [4]
+}
+WHOLE = {
+    *(f'embeddings/norm/{part}' for part in ('scale', 'bias')), 'pooler/dense/bias', 'targets_mlm/bias',
+    *(f'encoder/layers/{part}_norm/{name}' for part in ('attention', 'mlp') for name in ('scale', 'bias')),
+    *(f'encoder/layers/{part}/bias' for part in ('attention/out', 'mlp/down')),
+    *(f'targets_mlm/{part}' for part in ('dense/bias', 'norm/scale', 'norm/bias')),
+    *(f'targets_{name}/dense/bias' for name in TARGETS if name != 'mlm'),
+    *(f'targets_bilstm_tagging/{side}_{layer}/inputs/bias' for side in ('forward', 'backward') for layer in (0, 1)),
+    'targets_bilstm_tagging/scale',
+}
+
+
+def state_of_every_target():
+    """Shapes of a state whose parameters are those of all targets; more layers than anything else, so that none is split."""
+    config = models.config('model.encoder.num_layers=192', 'model.encoder.unroll=1')
+    config.encoder.layer_outputs = ('hidden',)
+    heads = {'classification': {'num_classes': 3}, 'multilabel': {'num_classes': 3}, 'regression': {}, 'tagging': {'num_classes': 3},
+             'bilstm_tagging': {'num_classes': 3, 'features': 'sum_last4', 'hidden_size': 12}, 'multiple_choice': {'num_choices': 2}}
+    with config.unlocked():
+        for name, kwargs in heads.items():
+            config.targets[name] = {**kwargs, 'dropout_rate': 0.1, 'weight': 1.0}
+        config.targets.span = {'weight': 1.0}
+    assert set(config.targets) == set(TARGETS)
+    return train.state_shapes(model_parts.build(config), optimizer.make_optimizer('adamw', **SETTINGS), models.batch())
+
+
+def test_how_every_parameter_lies_on_a_mesh():
+    """By the written-down table; the optimizer's moments lie as their parameters do, and gradients as they are computed."""
+    state = state_of_every_target()
+    rows = {'/'.join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    assert rows.keys() == SPECS.keys() | WHOLE
+    for column, sizes in enumerate(((1, 2, 2, 2), (1, 2, 4, 1))):
+        mesh = jax.sharding.AbstractMesh(sizes, partition.AXES)
+        expected = {name: tuple(None if axis == '-' else axis for axis in SPECS[name][column].split()) if name in SPECS
+                    else (None,) * leaf.ndim for name, leaf in rows.items()}
+        shardings = partition.state_shardings(state, mesh)
+        moments = shardings.opt_state[1]
+        for found in (shardings.params, moments.mu, moments.nu):
+            assert dict(zip(rows, (tuple(one.spec) for one in jax.tree.leaves(found)))) == expected
+        assert tuple(shardings.step.spec) == tuple(moments.count.spec) == ()
+        whole = {name: tuple(None if axis == 'fsdp' else axis for axis in spec) for name, spec in expected.items()}
+        gathered, shards = partition.gathered(state.params, mesh), partition.per_shard(state.params, mesh)
+        assert dict(zip(rows, (tuple(one.spec) for one in jax.tree.leaves(gathered)))) == whole
+        batch = ('slice', 'data', 'fsdp')
+        assert dict(zip(rows, (tuple(one.spec) for one in jax.tree.leaves(shards)))) == {
+            name: (batch, *spec) for name, spec in whole.items()}
+        assert tuple(partition.batch_sharding(mesh).spec) == (batch,) and tuple(partition.replicated(mesh).spec) == ()
+        assert tuple(partition.micro_batch_sharding(mesh).spec) == (None, batch)
+        assert partition.data_devices(mesh) == (4, 8)[column]
+
+
+def test_what_tensor_does_not_divide_is_named():
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 5), partition.AXES)
+    with pytest.raises(UserError, match=r'embeddings/token \(128, 32\): dimension -2 is not divisible by tensor = 5'):
+        partition.state_shardings({'embeddings': {'token': np.zeros((128, 32))}, 'encoder': {'attention': {
+            'qkv': {'kernel': np.zeros((2, 5, 5, 3, 5))}, 'out': {'kernel': np.zeros((2, 5, 5, 5))}}, 'mlp': {
+            'up': {'kernel': np.zeros((2, 5, 5))}, 'down': {'kernel': np.zeros((2, 5, 5))}}}}, mesh)
 
 
 def test_a_rule_that_matches_nothing_is_an_error(monkeypatch):

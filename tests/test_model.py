@@ -1,30 +1,48 @@
 """The contracts of the model's parts, and what each promises; test_weights has its parity with Hugging Face."""
 
-import dataclasses
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
+import scipy.special
 import scipy.stats
 import torch
-from models import D, L, P, V, batch, build, config, random_params
+import watch
+from conftest import ROOT
+from models import D, L, P, V, batch, build, config, packed_batch, random_params
 
 from bert_jax.cli import UserError
+from bert_jax.model import layers
 from bert_jax.model import model as models
+from bert_jax.model.embeddings import lookup, padded_vocab_size
 from bert_jax.model.encoders import ENCODERS, Encoded
-from bert_jax.model.layers import FEW_ROWS, Dense, Dropout, LayerNorm, gelu, random_bits
+from bert_jax.model.layers import FEW_ROWS, Attention, Dense, Dropout, LayerNorm, gelu, random_bits
 from bert_jax.model.targets import TARGETS
 
 
 def test_padding_of_the_vocabulary_can_never_be_predicted():
+    """Not one of its rows, the last among them, whatever its table and bias hold."""
     model, example = build(), batch()
-    params = random_params(model, example, scale=3.0)
-    logits = model.apply({'params': params}, example, train=False)['mlm']['logits']
-    assert logits.shape[-1] == 128 and (np.argmax(logits, -1) < V).all()
-    assert (jax.nn.softmax(logits)[..., V:] == 0).all()
+    params = random_params(model, example)
+    token, bias = (np.array(part) for part in (params['embeddings']['token'], params['targets_mlm']['bias']))
+    token[V:], bias[V:] = 100 * token[:128 - V], 1e4
+    params['embeddings']['token'], params['targets_mlm']['bias'] = jnp.asarray(token), jnp.asarray(bias)
+    logits = np.asarray(model.apply({'params': params}, example, train=False)['mlm']['logits'])
+    assert logits.shape == (8, P, 128) and (logits[..., V:] < -1e8).all()
+    chances = np.asarray(jax.nn.softmax(logits))
+    assert (chances[..., :V] > 0).all() and (chances[..., V:] == 0).all()  # every real one can be
     grads = jax.grad(lambda p: model.apply({'params': p}, example, train=False, method='losses')['mlm']['loss'].total)(params)
     assert not grads['targets_mlm']['bias'][V:].any() and not grads['embeddings']['token'][V:].any()
+    assert grads['targets_mlm']['bias'][:V].all()
+
+
+@pytest.mark.parametrize('size, padded', [(1, 128), (127, 128), (128, 128), (129, 256), (30522, 30592)])
+def test_vocabularies_are_padded_to_multiples_of_128(size, padded):
+    assert padded_vocab_size(size) == padded
 
 
 def test_padding_and_neighbours_in_a_row_change_nothing():
@@ -84,13 +102,24 @@ def test_dots_keeps_what_dense_layers_give():
 
 @pytest.mark.parametrize('name', ENCODERS)
 def test_the_contract_of_encoders(name):
-    model = build("model.encoder.layer_outputs=('hidden', 'query', 'key', 'value')")
-    encoded = model.apply({'params': random_params(model, batch())}, batch(), train=False, method='encode')
+    """Shapes; and what they hold, against a plain transcription of each layer."""
+    model, example = build("model.encoder.layer_outputs=('hidden', 'query', 'key', 'value')", f'model.encoder.name={name}'), packed_batch()
+    params = random_params(model, example)
+    encoded = model.apply({'params': params}, example, train=False, method='encode')
     assert isinstance(encoded, Encoded) and encoded.hidden.shape == (8, L, D)
     assert encoded.layers['hidden'].shape == (3, 8, L, D)
     np.testing.assert_array_equal(encoded.layers['hidden'][-1], encoded.hidden)
-    for part in ('query', 'key', 'value'):
+    tree = plain.tensors(params)
+    hidden, heads = plain.encode(tree, example)
+    real = example['input_mask'] > 0
+    for layer in range(3):
+        np.testing.assert_allclose(encoded.layers['hidden'][layer][real], hidden[layer].detach()[real], atol=1e-5)
+    for i, part in enumerate(('query', 'key', 'value')):
         assert encoded.layers[part].shape == (2, 8, 4, L, D // 4)
+        for layer in range(2):
+            ours, theirs = (x.swapaxes(1, 2)[real] for x in (encoded.layers[part][layer], heads[layer][i].detach().numpy()))
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(encoded.pooled, plain.pool(tree, hidden[-1], example).detach(), atol=1e-5)
 
 
 def fine_tuning_labels(name):
@@ -158,6 +187,39 @@ def test_losses_of_tags_spans_and_choices_against_pytorch():
         assert float(loss.total / loss.count) == pytest.approx(float(theirs), rel=1e-5), name
 
 
+def test_what_metrics_of_heads_count():
+    """A row that is no example counts nowhere; a span is right where both of its ends are; a choice where it is the best."""
+    real = np.array([1, 1, 1, 0], np.int32)
+    span = TARGETS['span']().losses(
+        {'start_logits': jnp.eye(4, 6) * 9, 'end_logits': jnp.eye(4, 6, 1) * 9},
+        {'start_positions': jnp.array([0, 1, 0, 3]), 'end_positions': jnp.array([1, 5, 3, 4]), 'is_real_example': real})['exact']
+    assert (float(span.total), float(span.count)) == (1, 3)
+    classes = TARGETS['classification'](3, 0.0).losses(
+        {'logits': jnp.eye(4, 3)}, {'label_ids': jnp.array([0, 2, 2, 0]), 'is_real_example': real})
+    assert (float(classes['accuracy'].total), float(classes['accuracy'].count)) == (2, 3)
+    labels = np.array([[1, 0], [0, 1], [1, 1], [0, 0]], np.float32)
+    for name, target, logits in (('multilabel', TARGETS['multilabel'](2, 0.0), np.zeros((4, 2))), ('regression', TARGETS['regression'](0.0), [3, 3, 3, 9])):
+        given = {'label_ids': labels if name == 'multilabel' else labels[:, 0], 'is_real_example': real}
+        loss = target.losses({'logits': jnp.asarray(logits, jnp.float32)}, given)['loss']
+        assert float(loss.total) == pytest.approx({'multilabel': 3 * np.log(2), 'regression': 4 + 9 + 4}[name]) and float(loss.count) == 3
+    choices = TARGETS['multiple_choice'](2, 0.0).losses({'logits': jnp.array([[1.0, 2.0], [2.0, 1.0]])}, {
+        'label_ids': np.array([0, 1, 0, 1]), 'is_real_example': np.ones(4, np.int32)})['accuracy']
+    assert (float(choices.total), float(choices.count)) == (1, 2)
+
+
+def test_heads_hide_what_is_no_place_and_no_choice():
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, D)), jnp.float32)
+    mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)
+    dense = {'params': {'dense': {'kernel': jnp.eye(D)[:, :2], 'bias': jnp.ones(2)}}}
+    found = TARGETS['span']().apply(dense, Encoded(hidden, {}), {'input_mask': mask}, None, train=False, method='outputs')
+    for i, side in enumerate(('start', 'end')):
+        np.testing.assert_allclose(found[f'{side}_logits'], np.where(mask > 0, hidden[..., i] + 1, -1e9), rtol=1e-6)
+    one = {'params': {'dense': {'kernel': jnp.eye(D)[:, :1], 'bias': jnp.ones(1)}}}
+    found = TARGETS['multiple_choice'](5, 0.0).apply(one, Encoded(None, {}, hidden), {'is_real_example': mask.ravel()}, None, train=False,
+                                                     method='outputs')['logits']
+    np.testing.assert_allclose(found, np.where(mask > 0, hidden[..., 0] + 1, -1e9), rtol=1e-6)
+
+
 @pytest.mark.parametrize('shape', [(64, 64), (32, 5, 7, 33)])
 @pytest.mark.parametrize('rate', [0.1, 0.5])
 def test_dropout_rate_and_scale(shape, rate):
@@ -168,6 +230,33 @@ def test_dropout_rate_and_scale(shape, rate):
     assert Dropout(rate).apply({}, x, train=False) is x
     by_column = (y == 0).reshape(-1, shape[-1]).mean(0)       # no column is favoured
     assert abs(by_column - rate).max() < 0.05
+
+
+@pytest.mark.parametrize('rate', [0.25, 0.6])
+def test_the_gradient_of_dropout(rate):
+    """Against finite differences with the same key: what was dropped has no gradient, the rest 1 / (1 - rate)."""
+    rng = np.random.default_rng(0)
+    x, weights = jnp.asarray(rng.normal(size=(7, 9)), jnp.float32), rng.normal(size=(7, 9)).astype(np.float32)
+
+    def total(x):
+        return jnp.sum(weights * Dropout(rate).apply({}, x, train=True, rngs={'dropout': jax.random.key(5)}))
+
+    found = jax.grad(total)(x)
+    ones = np.eye(63, dtype=np.float32).reshape(63, 7, 9)
+    differences = jax.vmap(lambda one: (total(x + one) - total(x - one)) / 2)(ones)
+    np.testing.assert_allclose(found.ravel(), differences, atol=2e-5)
+    assert 8 < (found == 0).sum() < 55
+
+
+def test_where_each_dropout_stands():
+    """After the embeddings' norm, on the probabilities, and on what is added before each norm: with the masks that were drawn."""
+    model, example = build('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1', "model.encoder.layer_outputs=('hidden',)"), batch()
+    params, real = random_params(model, example), example['input_mask'] > 0
+    with watch.dropout() as sites:
+        encoded = model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(1)}, method='encode')
+    hidden, _ = plain.encode(plain.tensors(params), example, watch.factors(sites))
+    for layer in range(3):
+        np.testing.assert_allclose(encoded.layers['hidden'][layer][real], hidden[layer].detach()[real], atol=2e-5)
 
 
 def test_dropout_bits_are_independent():
@@ -198,6 +287,42 @@ def test_the_gradient_of_gelu(approximate):
     slope = jax.vmap(jax.grad(lambda v: gelu(v, approximate)))(x)
     derived = jax.vmap(jax.grad(lambda v: jax.nn.gelu(v, approximate=approximate)))(x)
     assert abs(slope - exact).max() <= 1.2 * abs(derived - exact).max() + 2e-7
+
+
+def test_every_choice_by_platform_is_forced_both_ways_here():
+    """A new one needs a test that runs both of its branches on CPU, as those below and test_optimizer do."""
+    found = {path.name: path.read_text().count('platform_dependent(') for path in (ROOT / 'bert_jax').rglob('*.py')}
+    assert {name: count for name, count in found.items() if count} == {'layers.py': 2, 'optimizer.py': 1}
+    assert (ROOT / 'bert_jax/model/layers.py').read_text().count('_by_platform(') == 1 + 2  # its definition, the heads' split and their join
+
+
+@pytest.mark.parametrize('branch', ['cpu', 'other'])
+def test_the_projections_of_attention_on_every_platform(branch, monkeypatch):
+    """Forward and backward against float64, whichever branch `platform_dependent` takes; B, L, D, H, K = 2, 13, 32, 4, 8."""
+    rng = np.random.default_rng(0)
+    x, mixed = rng.normal(size=(2, L, D)), rng.normal(size=(2, 4, L, 8))
+    kernels = {'qkv': rng.normal(size=(D, 4, 3, 8)), 'out': rng.normal(size=(4, 8, D))}
+    biases = {'qkv': rng.normal(size=(4, 3, 8)), 'out': rng.normal(size=D)}
+    with jax.enable_x64(True):
+        def split(x, kernel, bias):
+            every = jnp.einsum('BLD,DHcK->cBHLK', x, kernel) + bias.swapaxes(0, 1)[:, None, :, None]
+            return tuple(every)
+
+        def join(x, kernel, bias):
+            return jnp.einsum('BHLK,HKD->BLD', x, kernel) + bias
+
+        exact = {name: jax.vjp(plainly, jnp.asarray(given), jnp.asarray(kernels[name]), jnp.asarray(biases[name]))
+                 for name, plainly, given in (('qkv', split, x), ('out', join, mixed))}
+        grads = {name: jax.tree.map(lambda y: rng.normal(size=y.shape), out) for name, (out, _) in exact.items()}
+        exact = {name: jax.tree.map(np.asarray, (out, back(jax.tree.map(jnp.asarray, grads[name])))) for name, (out, back) in exact.items()}
+    taken = []
+    with watch.forced(monkeypatch, branch, taken):
+        for name, module, given in (('qkv', layers.QueryKeyValue((4, 8), jnp.float32), x), ('out', layers.Output(jnp.float32), mixed)):
+            out, back = jax.vjp(lambda x, kernel, bias: module.apply({'params': {'kernel': kernel, 'bias': bias}}, x),  # noqa: B023
+                                *(jnp.asarray(one, jnp.float32) for one in (given, kernels[name], biases[name])))
+            found = out, back(jax.tree.map(jnp.float32, grads[name]))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, exact[name])
+    assert len(taken) == 4  # forward and backward of both
 
 
 @pytest.mark.parametrize('rows', [FEW_ROWS, FEW_ROWS + 1])
@@ -234,26 +359,14 @@ def test_layer_norm_far_from_zero():
 
 def recorded_masks(**rates):
     """Which entries each dropout site of a training pass put to zero, found by Flax's own interception."""
-    import flax.linen as nn
-
     overrides = [f'model.{k.replace("__", ".")}={v}' for k, v in rates.items()]
     model, example = build('model.encoder.unroll=1', 'model.embeddings.dropout_rate=0.0', *overrides), batch(padded=False)
     params = random_params(model, example)
-    sites = {}
-
-    def record(call, args, kwargs, context):
-        out = call(*args, **kwargs)
-        if isinstance(context.module, Dropout):
-            jax.debug.callback(lambda a, b, s='/'.join(context.module.path): sites.setdefault(s, []).append(
-                (np.asarray(a), np.asarray(b))), args[0], out)
-        return out
 
     def run(seed):
-        sites.clear()
-        with nn.intercept_methods(record):
+        with watch.dropout() as sites:
             model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(seed)}, method='losses')
-        jax.effects_barrier()
-        return dict(sites)
+        return {path: [call[:2] for call in calls] for path, calls in sites.items()}
 
     return run
 
@@ -262,8 +375,7 @@ def test_each_dropout_site_has_its_own_rate():
     sites = recorded_masks(embeddings__dropout_rate=0.1, encoder__dropout_rate=0.3, encoder__attention_dropout_rate=0.5)(0)
     rates = {name: np.mean([(out == 0).mean() for _, out in calls]) for name, calls in sites.items()}
     scales = {name: np.nanmedian([np.median((out / into)[out != 0]) for into, out in calls]) for name, calls in sites.items()}
-    expected = {'embeddings/dropout': 0.1, 'encoder/layers/attention/Dropout_0': 0.5,
-                'encoder/layers/Dropout_0': 0.3, 'encoder/layers/Dropout_1': 0.3}
+    expected = dict(zip(watch.SITES, (0.1, 0.5, 0.3, 0.3)))
     assert rates.keys() == expected.keys()
     for name, rate in expected.items():
         assert abs(rates[name] - rate) < 0.04, name
@@ -306,11 +418,70 @@ def test_bf16_computes_in_bf16_over_fp32_weights():
     model, exact, example = build(arg='tiny,bf16'), build(), batch()
     params = random_params(model, example)
     encoded = model.apply({'params': params}, example, train=False, method='encode')
-    assert encoded.hidden.dtype == jnp.bfloat16
+    assert encoded.hidden.dtype == encoded.pooled.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
-    ours = model.apply({'params': params}, example, train=False)['mlm']['logits']
-    assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours[..., :V], exact.apply({'params': params}, example, train=False)['mlm']['logits'][..., :V], atol=0.3)
+    ours, exactly = (one.apply({'params': params}, example, train=False) for one in (model, exact))
+    for name, real in (('mlm', V), ('nsp', 2)):
+        assert ours[name]['logits'].dtype == jnp.float32
+        error = (ours[name]['logits'] - exactly[name]['logits'])[..., :real]
+        assert abs(error).mean() < 0.03 * exactly[name]['logits'][..., :real].std(), name
+    text = jax.jit(lambda p: model.apply({'params': p}, example, train=False)).lower(params).as_text()
+    products = re.findall(r'stablehlo.dot_general .*: \((.*)\) ->', text)
+    inputs = [set(re.findall(r'x(b?f\d+)>', one)) for one in products]
+    assert len(products) >= 10 and [one for one in inputs if one != {'bf16'}] == [{'f32'}]  # of segments with their table
+
+
+def test_logits_of_bf16_are_accumulated_in_float32():
+    """Against float64 from the same bf16 numbers; a logit rounded to bf16 would be out by 4e-3 of itself."""
+    model, example, seen = build(arg='tiny,bf16'), batch(), []
+    params = random_params(model, example)
+
+    def record(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.module.path == ('targets_mlm', 'norm'):
+            seen.append(out)
+        return out
+
+    with nn.intercept_methods(record):
+        logits = model.apply({'params': params}, example, train=False)['mlm']['logits']
+    (x,) = seen
+    assert x.dtype == jnp.bfloat16
+    table = params['embeddings']['token'].astype(jnp.bfloat16)
+    expected = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T + np.asarray(params['targets_mlm']['bias'], np.float64)
+    np.testing.assert_allclose(logits[..., :V], expected[..., :V], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_scores_of_bf16_are_accumulated_in_float32():
+    """Scores of 30 and more, whose neighbours in bf16 are a quarter apart: rounded, the probabilities would be out by a tenth."""
+    rng, size = np.random.default_rng(0), 16
+    module = Attention(1, 0.0, 'xla', jnp.bfloat16)
+    params = {'qkv': {'kernel': jnp.asarray(rng.normal(size=(size, 1, 3, size)) * 1.2, jnp.float32), 'bias': jnp.zeros((1, 3, size))},
+              'out': {'kernel': jnp.eye(size)[None], 'bias': jnp.zeros(size)}}
+    x = jnp.asarray(rng.normal(size=(4, L, size)), jnp.bfloat16)
+    mixed, heads = module.apply({'params': params}, x, jnp.ones((4, 1, L, L), bool), None, train=False)
+    assert {one.dtype for one in heads.values()} == {jnp.dtype('bfloat16')}
+    query, key, value = (np.asarray(heads[name], np.float64) for name in ('query', 'key', 'value'))
+    scores = np.einsum('bhqk,bhlk->bhql', query / 4, key)
+    assert np.median(scores.max(-1)) > 16
+    expected = np.einsum('bhql,bhlk->bhqk', scipy.special.softmax(scores, -1), value)[:, 0]
+    assert abs(np.asarray(mixed, np.float64) - expected).max() < 0.01 * abs(expected).max()
+
+
+def test_the_gradient_of_a_table_of_bf16_is_summed_in_float32():
+    """A thousand times 1: in bf16 the sum would stay at 256, where 1 is less than half of what comes next."""
+    table, ids = jnp.zeros((1, 3, 2), jnp.bfloat16), jnp.full((10, 100), 1)
+    grad = jax.grad(lambda table: lookup(table, ids).astype(jnp.float32).sum())(table)
+    assert grad.dtype == jnp.bfloat16 and np.asarray(grad[0], np.float32).tolist() == [[0, 0], [1000, 1000], [0, 0]]
+
+
+def test_layer_norm_of_bf16_is_computed_in_float32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(30, 1, (40, 64)), jnp.bfloat16)
+    found = LayerNorm(jnp.bfloat16).apply({'params': {'scale': jnp.ones(64), 'bias': jnp.zeros(64)}}, x)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-3)
 
 
 def test_no_buffer_of_all_positions_times_the_vocabulary():
@@ -359,5 +530,9 @@ def test_initialisation_is_the_papers():
         assert abs(both) < 5 / np.sqrt(entries.size), axis
 
 
-def test_modules_are_plain_dataclasses():
-    assert {f.name for f in dataclasses.fields(ENCODERS['transformer'])} >= {'num_layers', 'num_heads', 'attention_dropout_rate'}
+def test_models_of_one_config_are_equal_so_that_jax_traces_them_once():
+    traced = []
+    apply = jax.jit(lambda model: traced.append(1) or jnp.zeros(()), static_argnums=0)
+    for overrides in ((), (), ('model.encoder.num_layers=3',)):
+        apply(build(*overrides))
+    assert len(traced) == 2

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import watch
 
 from bert_jax import optimizer
 from bert_jax.cli import UserError
@@ -106,3 +107,18 @@ def test_the_norm_of_arrays_of_any_shape_and_no_squares_in_memory():
     large = jax.ShapeDtypeStruct((12, 256, 320), np.float32)
     compiled = jax.jit(optimizer.global_norm).lower([large]).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 4 * large.size / 16 + 65536
+
+
+@pytest.mark.parametrize('branch', ['cpu', 'other'])
+def test_the_norm_and_its_clipping_on_every_platform(branch, monkeypatch):
+    """Whichever branch `platform_dependent` takes: the norm, its gradient, and gradients scaled to the norm allowed."""
+    rng, taken = np.random.default_rng(0), []
+    tree = [np.float32(rng.normal(size=shape)) for shape in ((3, 48, 33), (5, 7), (9,), ())]
+    expected = np.sqrt(sum((x.astype(np.float64)**2).sum() for x in tree))
+    with watch.forced(monkeypatch, branch, taken):
+        norm, gradient = jax.value_and_grad(optimizer.global_norm)(tree)
+        clipped = {limit: optimizer._clip(limit).update(tree, None)[0] for limit in (0.0, 0.5 * expected, 2 * expected)}
+    assert len(taken) == 3 * len(tree) and norm == pytest.approx(expected, rel=1e-6)
+    for limit, factor in ((0.0, 1), (0.5 * expected, 0.5), (2 * expected, 1)):  # 0: no clipping
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y * factor, rtol=1e-5), clipped[limit], tree)  # noqa: B023
+    jax.tree.map(lambda g, x: np.testing.assert_allclose(g, x / expected, rtol=1e-5, atol=1e-8), gradient, tree)

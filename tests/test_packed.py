@@ -5,26 +5,29 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from bert_jax import evaluate, partition
 from bert_jax.data import encoded, packed, packing
+from bert_jax.metrics import Mean
 from bert_jax.model import model as model_parts
 
-RNG = np.random.default_rng(0)
-TARGETS = {'classification': ({'num_classes': 3}, lambda n: RNG.integers(0, 3, n).astype(np.int32)),
-           'multilabel': ({'num_classes': 4}, lambda n: RNG.integers(0, 2, (n, 4)).astype(np.float32)),
-           'regression': ({}, lambda n: RNG.normal(size=n).astype(np.float32)),
-           'multiple_choice': ({'num_choices': 3}, lambda n: np.eye(3, dtype=np.int32)[RNG.integers(0, 2, n // 3)].ravel())}
+TARGETS = {'classification': ({'num_classes': 3}, lambda n, rng: rng.integers(0, 3, n).astype(np.int32)),
+           'multilabel': ({'num_classes': 4}, lambda n, rng: rng.integers(0, 2, (n, 4)).astype(np.float32)),
+           'regression': ({}, lambda n, rng: rng.normal(size=n).astype(np.float32)),
+           'multiple_choice': ({'num_choices': 3},
+                               lambda n, rng: np.eye(3, dtype=np.int32)[rng.integers(0, 2, n // 3)].ravel())}
 
 
 def examples(kind, count=29):
     """Texts and pairs of many lengths; every third question lacks its last choice."""
-    group = 3 if kind == 'multiple_choice' else 1
-    rows = [(RNG.integers(5, models.V, size).tolist(), int(RNG.integers(2, size + 1))) for size in RNG.integers(3, 15, count * group)]
-    labels = {'label_ids': TARGETS[kind][1](count * group)}
+    rng, group = np.random.default_rng(0), 3 if kind == 'multiple_choice' else 1
+    rows = [(rng.integers(5, models.V, size).tolist(), int(rng.integers(2, size + 1)))
+            for size in rng.integers(3, 15, count * group)]
+    labels = {'label_ids': TARGETS[kind][1](count * group, rng)}
     if group > 1:
         labels['is_real_example'] = np.where(np.arange(count * group) % 9 == 8, 0, 1).astype(np.int32)
     return encoded.collect(rows, labels, pad_id=0, lengths=(16,), group=group)
@@ -59,7 +62,7 @@ def test_a_packed_batch_is_the_batch(kind, multiple):
 
 @pytest.mark.parametrize('multiple', [1, 8])
 def test_every_example_once_an_epoch_in_one_shape_with_little_padding(multiple):
-    sizes = np.clip(RNG.geometric(0.1, 3000) + 3, 4, 60)
+    sizes = np.clip(np.random.default_rng(0).geometric(0.1, 3000) + 3, 4, 60)
     rows = [(np.full(size, number % 60 + 5).tolist(), int(size)) for number, size in enumerate(sizes)]
     data = packed.pack(encoded.collect(rows, {'label_ids': np.arange(3000).astype(np.int32)}, pad_id=0, lengths=(64,)), 32, multiple)
     for epoch in (0, 1):
@@ -74,6 +77,97 @@ def test_every_example_once_an_epoch_in_one_shape_with_little_padding(multiple):
     assert not np.array_equal(data.batch(0, 32, 3)['label_ids'], data.batch(data.steps(32), 32, 3)['label_ids'])
     numbers = np.concatenate([found for found, _ in data.evaluation_batches(32)])
     assert sorted(numbers[numbers >= 0]) == list(range(3000))
+
+
+def texts(count, seed=0):
+    """Texts of many lengths, the numbers of the rows as their labels."""
+    rng = np.random.default_rng(seed)
+    rows = [(np.full(size, number % 60 + 5).tolist(), 3) for number, size in enumerate(rng.integers(4, 41, count))]
+    return encoded.collect(rows, {'label_ids': np.arange(count).astype(np.int32)}, pad_id=0, lengths=(16, 32, 48))
+
+
+@pytest.mark.parametrize('make', [texts, lambda count: packed.pack(texts(count), 8, 1)], ids=['apart', 'packed'])
+def test_an_epoch_is_shuffled_and_the_next_one_otherwise(make):
+    """Examples in no order of the file, and batches in none of their lengths, though those of like length go together."""
+    data = make(1003)
+    epochs = [data.epoch(*which) for which in ((0, 8, 3), (1, 8, 3), (0, 8, 4))]
+    bound = 5 / np.sqrt(1000 / 8)
+
+    def correlation(a, b):
+        return abs(scipy.stats.spearmanr(a, b).statistic)
+
+    for order in epochs:
+        assert sorted(order) == list(range(1003))
+        assert correlation(np.arange(1003), order) < 5 / np.sqrt(1003)
+        tokens = data.longest[order[:1000]].reshape(-1, 8).sum(1)
+        assert correlation(np.arange(125), tokens) < bound and correlation(tokens[:-1], tokens[1:]) < bound
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert correlation(np.argsort(epochs[a]), np.argsort(epochs[b])) < 5 / np.sqrt(1003)
+    for step in (0, 125, 126, 140):  # 126 batches an epoch, the last of three examples
+        epoch, number = divmod(step, 126)
+        labels = data.batch(step, 8, 3)
+        found = labels['label_ids'][labels['is_real_example'] > 0]
+        assert sorted(found) == sorted(epochs[epoch][8 * number:8 * number + 8])
+
+
+def test_examples_of_like_length_share_a_batch_that_is_no_longer_than_it_must_be():
+    data = texts(1024)
+    spread = [np.ptp(data.longest[part]) for part in data.epoch(0, 8, 3).reshape(-1, 8)]
+    assert np.mean(spread) < 3  # 37 lengths over 32 batches
+    for number, part in enumerate(data.epoch(0, 8, 3).reshape(-1, 8)):
+        length = data.batch(number, 8, 3)['input_ids'].shape[1]
+        assert length == next(one for one in (16, 32, 48) if one >= data.longest[part].max())
+
+
+def test_a_batch_of_groups_against_a_plain_loop():
+    """Two rows an example, filled up with an example that is none; ids, masks, segments, labels of rows and of tokens."""
+    rng, sizes = np.random.default_rng(0), [5, 9, 3, 7, 16, 4]
+    rows, tags = [(rng.integers(5, 60, size).tolist(), 1 + size // 2) for size in sizes], rng.integers(0, 3, sum(sizes))
+    labels = rng.normal(size=(6, 2)).astype(np.float32)
+    data = encoded.collect(rows, {'label_ids': labels}, pad_id=4, lengths=(8, 12, 16), token_labels={'tags': tags.astype(np.int32)}, group=2)
+    assert len(data) == 3 and data.longest.tolist() == [9, 7, 16]
+    for examples, length in (([1, 0], 12), ([1], 8), ([2, 1], 16)):
+        made = data.make(np.array(examples), 3)
+        expected = {name: np.zeros((6, length), np.int32) for name in ('input_ids', 'input_mask', 'segment_ids', 'tags', 'position_ids')}
+        expected['input_ids'] += 4
+        expected['tags'] -= 1
+        expected['position_ids'] += np.arange(length)
+        expected |= {'cls_positions': np.zeros((6, 1)), 'label_ids': np.zeros((6, 2)), 'is_real_example': np.zeros(6)}
+        for place, row in enumerate(2 * example + side for example in examples for side in (0, 1)):
+            ids, first = rows[row]
+            for at, token in enumerate(ids):
+                expected['input_ids'][place, at], expected['input_mask'][place, at] = token, 1
+                expected['segment_ids'][place, at] = at >= first
+                expected['tags'][place, at] = tags[sum(sizes[:row]) + at]
+            expected['label_ids'][place], expected['is_real_example'][place] = labels[row], 1
+        assert made.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(made[name], array, err_msg=name)
+            assert made[name].dtype == (np.float32 if name == 'label_ids' else np.int32)
+
+
+@pytest.mark.parametrize('batch_size', [4, 5, 13, 20])
+@pytest.mark.parametrize('together', [False, True])
+def test_predictions_are_of_every_example_once_in_its_place(batch_size, together):
+    """Thirteen examples, which none of the batch sizes but their own number divides; the loss is the mean over them all."""
+    apart = texts(13)
+    data = packed.pack(apart, batch_size, 1) if together else apart
+
+    def apply(batch):
+        labels, real = jnp.asarray(batch['label_ids']), jnp.asarray(batch['is_real_example'])
+        return {'t': {'logits': labels * 10}}, {'t': {'loss': Mean.of(labels**2, real)}}
+
+    outputs, loss = evaluate.predict(apply, data, batch_size, 't')
+    assert outputs['logits'].tolist() == [10 * label for label in range(13)]
+    assert loss == pytest.approx(np.mean(np.arange(13) ** 2))
+
+
+def test_predictions_of_tokens_are_cut_to_their_rows():
+    rows = [(list(range(5, 5 + size)), size) for size in (9, 4, 6, 5, 12)]
+    ids = np.array([token for row, _ in rows for token in row], np.int32)
+    data = encoded.collect(rows, {}, pad_id=0, lengths=(8, 16), token_labels={'label_ids': ids})
+    outputs, _ = evaluate.predict(lambda batch: ({'t': {'logits': batch['label_ids'] + 1}}, {}), data, 2, 't')
+    assert [one.tolist() for one in outputs['logits']] == [[token + 1 for token in row] for row, _ in rows]
 
 
 @pytest.mark.parametrize('kind', TARGETS)

@@ -4,6 +4,7 @@ import jax
 import models
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import AS_IN_THE_PAPER
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,22 @@ def test_every_example_once_and_no_row_too_full(lengths, times, key):
     if key:
         again = packing.pack(lengths, predictions, row, most, key)
         assert np.array_equal(again.numbers, packed.numbers) and np.array_equal(again.starts, packed.starts)
+
+
+def test_rows_come_in_no_order_of_length_and_in_another_one_with_another_key():
+    lengths = np.random.default_rng(0).integers(5, 97, 5000)
+    predictions = masking.num_predictions(np.arange(97), 96, 0.15)
+    longest, places = [], []
+    for key in (1, 2):
+        packed = packing.pack(lengths, predictions, 96, 15, key)
+        longest.append([lengths[packed.numbers[a:b]].max() for a, b in zip(packed.starts[:-1], packed.starts[1:])])
+        places.append(np.argsort(packed.numbers))
+    bound = 5 / np.sqrt(len(longest[0]))
+    assert len(set(longest[0])) > 50
+    for one in longest:
+        assert abs(scipy.stats.spearmanr(np.arange(len(one)), one).statistic) < bound
+        assert abs(scipy.stats.spearmanr(one[:-1], one[1:]).statistic) < bound
+    assert abs(scipy.stats.spearmanr(*places).statistic) < bound
 
 
 @pytest.mark.parametrize('pairing', ['next_sentence', 'single'])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from bert_jax.cli import UserError
 from bert_jax.data import draws, plan
@@ -95,6 +96,24 @@ def test_is_rebuilt_bit_for_bit_and_drawn_afresh():
     assert one.tobytes() == again.tobytes()
     for other in ((2, 2, 64), (1, 3, 64), (1, 2, 65)):
         assert plan.plan(split, 'next_sentence', *other, short_rate=0.1).tobytes() != one.tobytes()
+
+
+def uncorrelated(a, b):
+    """By ranks: five standard deviations at most."""
+    return abs(scipy.stats.spearmanr(a, b).statistic) < 5 / np.sqrt(len(a))
+
+
+@pytest.mark.parametrize('pairing', plan.PAIRINGS)
+def test_an_epoch_is_shuffled_and_the_next_one_otherwise(pairing):
+    split = random_split(np.random.default_rng(0), documents=900)
+    tables = [plan.plan(split, pairing, 0, epoch, 64, short_rate=0.1) for epoch in (0, 1)]
+    for table in tables:
+        assert len(table) > 3000
+        for column in ('a_start', 'a_length'):
+            assert uncorrelated(np.arange(len(table)), table[column])       # neither the text's order nor by length,
+            assert uncorrelated(table[column][:-1], table[column][1:])      # and neighbours are not neighbours there
+    _, one, other = np.intersect1d(*(table['a_start'] for table in tables), return_indices=True)
+    assert len(one) > 1000 and uncorrelated(one, other)
 
 
 def test_every_token_once_as_a_or_true_b_when_nothing_is_cut():

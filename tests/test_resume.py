@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, call_module, expect_error, run_module
 
-from bert_jax import checkpoint, cli, prepare, pretrain, workdir
-from bert_jax.data import corpora, store
+from bert_jax import checkpoint, cli, optimizer, partition, prepare, pretrain, train, workdir
+from bert_jax.data import corpora, examples, store
+from bert_jax.model import model as models
 
 ENV = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
 
@@ -102,6 +104,33 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(stor
     assert result.returncode == 0, result.stderr
     assert 'checkpoint 10' in result.stderr and 'is damaged' in result.stderr and 'resuming at step 8' in result.stdout
     assert_same(work, pretrained)
+
+
+def test_dropout_is_on_in_the_run_that_all_others_must_equal(store_path, pretrained):
+    """Its last two steps, made again from the checkpoint before them, have the loss that it wrote; with other masks another."""
+    config, data = workdir.read_config(str(pretrained)), store.load(store_path)
+    model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
+    *_, phase = pretrain.make_phases(config.phases)
+    stream = pretrain.make_examples(config, data.train, data, config.seed, phase.max_length)
+    mesh = partition.make_mesh(())
+    state = train.make_init(model, tx, examples.empty(1, 64, config.mask_rate, 0), mesh)(0)
+    step = train.make_train_step(model, tx, mesh, 1, state)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    saved, losses = checkpoint.Checkpoints(pretrained / 'checkpoints'), {}
+    for seed in (config.seed, config.seed + 1):
+        rest = saved.restore(8, 'rest', {'step': abstract.step, 'opt_state': abstract.opt_state})
+        state = train.TrainState(params=saved.restore(8, 'params', abstract.params), **rest)
+        metrics = []
+        for number in (8, 9):
+            rate = optimizer.learning_rate(number, num_steps=10, **config.schedule)
+            batch = pretrain._make_batch(stream, phase, np.arange(phase.batch_size), number - phase.first)
+            state, found = step(state, batch, train.as_hyper(rate, models.target_weights(config.model), seed))
+            metrics.append(float(found['loss'].total))
+        losses[seed] = np.mean(metrics)
+    written = [record['loss'] for record in map(json.loads, (pretrained / 'log.jsonl').read_text().splitlines())
+               if record['step'] == 10 and 'loss' in record]
+    assert written == [pytest.approx(losses[config.seed], rel=1e-6)]
+    assert abs(losses[config.seed + 1] - losses[config.seed]) > 1e-4
 
 
 def test_the_workdir_tells_the_whole_story(pretrained):
