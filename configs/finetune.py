@@ -18,8 +18,8 @@ FEATURES = {'features': '', 'lstm_size': 768}
 GLUE = ('cola', 'sst2', 'mrpc', 'stsb', 'qqp', 'mnli', 'qnli', 'rte', 'wnli')
 TASKS = {
     'classification': TEXTS, 'multilabel': TEXTS, 'regression': TEXTS,
-    'tagging': {**FILES, 'word_column': '', 'tag_column': '', 'scheme': 'iob2', 'document_context': False,
-                'labels': (), **FEATURES},
+    'tagging': {**FILES, 'word_column': '', 'tag_column': '', 'sentence_column': '', 'scheme': 'iob2',
+                'document_context': False, 'labels': (), **FEATURES},
     'span': {**SPANS, 'question_column': 'question', 'passage_column': 'passage', 'answer_column': 'answer',
              'answer_start_column': 'answer_start', 'id_column': 'id'},
     'squad1': SPANS, 'squad2': {**SPANS, 'null_answers': True},

@@ -364,7 +364,7 @@ def test_an_answer_is_cut_from_the_passage_as_it_stands(model, passage, answer):
     tok = tokenizer.load(model)
     _, offsets = tok.encode_with_offsets(passage)
     row = question(passage, (answer, passage.index(answer)))
-    first, last = spans.token_span(row, offsets)
+    first, last = spans.token_span(row, spans.Bounds(offsets))
     assert passage[offsets[first][0]:offsets[last][1]] == answer
 
 
@@ -372,12 +372,12 @@ def test_an_answer_that_cuts_a_word_moves_to_the_nearest_whole_one(model):
     tok = tokenizer.load(model)
     passage = 'w11 w22 w1 w3 w1'
     _, offsets = tok.encode_with_offsets(passage)
-    first, last = spans.token_span(question(passage, ('w1', 0)), offsets)
+    first, last = spans.token_span(question(passage, ('w1', 0)), spans.Bounds(offsets))
     assert (first, last) == (2, 2)
-    assert spans.token_span(question(passage, ('w', 0), ('w3', 11)), offsets) == (3, 3)  # another of its answers is whole
+    assert spans.token_span(question(passage, ('w', 0), ('w3', 11)), spans.Bounds(offsets)) == (3, 3)  # another of its answers is whole
     far = question('w11 w2 w3 w4 w5 w6 w1', ('w1', 0), ('w11', 0))
-    assert spans.token_span(far, tok.encode_with_offsets(far.passage)[1]) == (0, 0)  # there, before the first's text far away
-    assert spans.token_span(question(passage, ('11 w22', 1)), offsets) == (0, 1)  # none is: what it touches
+    assert spans.token_span(far, spans.Bounds(tok.encode_with_offsets(far.passage)[1])) == (0, 0)  # there, before the first's text far away
+    assert spans.token_span(question(passage, ('11 w22', 1)), spans.Bounds(offsets)) == (0, 1)  # none is: what it touches
 
 
 def test_the_best_span_over_windows_equals_brute_force(model):

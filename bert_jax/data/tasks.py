@@ -86,8 +86,8 @@ def own_texts(kind: str, *, train_file: str, dev_file: str, test_file: str, text
     return texts.with_classes(task, named_by)
 
 
-def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str, tag_column: str, scheme: str,
-            labels: Sequence[str], dev_share: float, **settings: Any) -> Task:
+def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str, tag_column: str, sentence_column: str,
+            scheme: str, labels: Sequence[str], dev_share: float, **settings: Any) -> Task:
     """CoNLL column files and tables; see `tags.read`. A test file without tags is predicted, one with tags scored too.
 
     For the other settings see `conll2003`.
@@ -95,7 +95,8 @@ def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str,
     if settings['document_context'] and tags.is_table(train_file, word_column, tag_column):
         raise UserError('--config.task.document_context=True: tables say nothing of documents; column files do, with '
                         f'{tags.DOCUMENT} between them.')
-    read = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme)
+    read = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme,
+                             sentence_column=sentence_column)
     splits, named_by, notes = _splits(train_file, dev_file, test_file, read, dev_share, lambda row: ' '.join(row.words))
     task = _tagging(splits, tuple(map(str, labels)), named_by, **settings)
     return dataclasses.replace(task, notes=(*notes, *task.notes))
