@@ -125,8 +125,10 @@ def answers(count=200, seed=0):
 
 def test_squad_1_equals_torchmetrics():
     gold, said = answers()
-    gold |= {'articles': ['The', 'cat'], 'dots': ['...', 'x'], 'empty': ['']}  # both sides empty is 1 there, as in 2.0's
-    said |= {'articles': 'dog', 'dots': 'y', 'empty': 'cat'}                    # rules; see test_spans.py
+    gold |= {'articles': ['The', 'cat'], 'dots': ['...', 'x'], 'empty': ['']}
+    said |= {'articles': 'dog', 'dots': 'y', 'empty': 'cat'}
+    for key in [key for key, text in said.items() if not scores.normalize_answer(text)]:
+        del gold[key]  # 1 there where both sides are empty, as in 2.0's rules; the script has 0 (test_spans.py)
     ours = scores.squad(gold, said)
     theirs = torchmetrics.text.SQuAD()(
         [{'prediction_text': str(said[k]), 'id': k} for k in gold],
