@@ -26,7 +26,9 @@ SPECIALS = {  # role -> the names it goes by
 FILES = ('tokenizer.json', 'vocab.txt')  # and *.model, before either
 BERT_WORDPIECE = {'unk_token': '[UNK]', 'continuing_subword_prefix': '##', 'max_input_chars_per_word': 100,
                   'clean_text': True}
-CACHE_WORDS = 1_000_000  # about 150 MB
+CACHE_BYTES = 200 << 20  # of words and their ids
+WORD_BYTES = 200         # what a cached word costs besides its characters
+LONGEST_WORD = 64        # characters; a longer chunk (a line without spaces, as Chinese has) will not come again
 ascii_words = re.compile('[A-Za-z0-9]+|.').findall  # how BERT cuts printable ASCII without spaces
 
 
@@ -100,7 +102,7 @@ class Tokenizer:
             rows = [b''.join(map(words.__getitem__, text.split(' '))) for text in texts]
             flat = np.frombuffer(b''.join(rows), self.id_type)
             lengths = np.fromiter(map(len, rows), np.int64, len(rows)) // flat.itemsize
-            if len(words) > CACHE_WORDS:
+            if words.bytes > CACHE_BYTES:
                 words.clear()
             return flat, lengths
         rows = self._backend.encode(list(texts))
@@ -173,22 +175,30 @@ def _with_accents(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[i
     for begin, end in reversed(offsets):
         limit = after if after >= end else limit  # pieces of one character share their span, and its limit
         after = begin
-        while begin < end < limit and unicodedata.combining(text[end]):
+        while begin < end < limit and unicodedata.category(text[end]) == 'Mn':  # what BERT strips
             end += 1
         widened.append((begin, end))
     return widened[::-1]
 
 
 class _WordCache(dict):
-    """word -> the bytes of its ids."""
+    """word -> the bytes of its ids; what it holds is counted in `bytes`."""
 
     def __init__(self, encode: Any) -> None:
         super().__init__()
-        self._encode = encode
+        self._encode, self.bytes = encode, 0
 
     def __missing__(self, word: str) -> bytes:
-        value = self[word] = self._encode(word)
+        value = self._encode(word)
+        if len(word) <= LONGEST_WORD:
+            self[word] = value
+            self.bytes += WORD_BYTES + 4 * len(word) + len(value)
         return value
+
+    def clear(self) -> None:
+        """Begins anew."""
+        super().clear()
+        self.bytes = 0
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
