@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +12,10 @@ import safetensors
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from bert_jax import cli, paths, weights
-from bert_jax.cli import UserError
+from bert_jax import cli, paths, weight_files, weights
+from bert_jax.cli import UserError, unknown
 from bert_jax.data import tokenizer as tokenizers
+from bert_jax.model.layers import ACTIVATIONS
 from bert_jax.weights import Pretrained
 
 ARCHITECTURES = {  # targets -> the class that has just these heads
@@ -39,6 +39,8 @@ EXPECTED = {'layer_norm_eps': 1e-12, 'position_embedding_type': 'absolute', 'is_
             'add_cross_attention': False, 'tie_word_embeddings': True}
 FILES = ['config.json', '*.safetensors', 'model.safetensors.index.json', 'vocab.txt', 'tokenizer*.json', '*.model']
 PICKLES = ['pytorch_model*.bin', 'pytorch_model.bin.index.json']  # where there are no safetensors
+LAYER = re.compile(r'bert\.encoder\.layer\.(\d+)\.')
+OTHERS = ('lm_head.', 'roberta.', 'deberta.', 'electra.', 'distilbert.', 'generator_', 'discriminator_')
 BUFFERS = re.compile(r'(bert\.)?embeddings\.(position_ids|token_type_ids)$')
 TIED = {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
         'cls.predictions.decoder.bias': 'cls.predictions.bias'}
@@ -76,12 +78,12 @@ def read(folder: pathlib.Path) -> Pretrained:
         a vocabulary that is longer or shorter than its table.
     """
     config = paths.read_json(folder / 'config.json')
-    _check_architecture(folder, config)
+    _check_config(folder, config)
     tokenizer = tokenizers.load(folder)
     if tokenizer.vocab_size != config['vocab_size']:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} entries, but its embedding table '
                         f'{config["vocab_size"]} (vocab_size in config.json).')
-    readers = _open(folder)
+    readers = weight_files.open_folder(folder)
 
     def get(name: str) -> np.ndarray:
         return readers[name](name)
@@ -92,7 +94,8 @@ def read(folder: pathlib.Path) -> Pretrained:
     model = weights.model_config(config, SIZES, config['hidden_act'], heads, _num_labels(theirs, get),
                                  config['hidden_dropout_prob'] if dropout is None else dropout)
     pooler = 'bert.pooler.dense.weight' in theirs
-    params, notes = weights.empty_params(model, pooler), []
+    weights.check_pooler(str(folder), heads, pooler)
+    params, converted = weights.empty_params(model, pooler), set()
     _check_tied(folder, theirs, get)
     wanted = list(weights.tensors(model.encoder.num_layers, heads, pooler))
     for tensor in wanted:
@@ -101,19 +104,44 @@ def read(folder: pathlib.Path) -> Pretrained:
             raise UserError(f'{folder}: {tensor.huggingface} is missing.')
         array = get(name)
         if array.dtype != np.float32:
-            notes = [f'weights are {array.dtype} there; converted to float32.']
+            converted.add(str(array.dtype))
             array = array.astype(np.float32)
+        weights.check_finite(f'{folder}: {name}', array)
         expected = weights.fill(params, tensor, array, tensor.huggingface_transposed, config['vocab_size'])
         if expected:
             raise UserError(f'{folder}: {tensor.huggingface} is {array.shape}; config.json asks for {expected}.')
     rest = sorted(name for name in theirs if name not in TIED)
+    _check_rest(folder, rest, model.encoder.num_layers)
+    for dtype in sorted(converted):
+        cli.note(f'{folder}: weights are {dtype} there; converted to float32.')
     if rest:
-        notes.append('left out, without a counterpart here: ' + ', '.join(rest) + '.')
-    about = {'source': f'Hugging Face, {folder}'}
-    return Pretrained(model, params, tokenizer, _labels(config, heads, model), about, notes)
+        cli.note(f'{folder}: left out, without a counterpart here: {", ".join(rest)}.')
+    return Pretrained(model, params, tokenizer, _labels(folder, config, heads, model), {
+        'source': f'Hugging Face, {folder}', 'config': _run_of(folder)})
 
 
-def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
+def _run_of(folder: pathlib.Path) -> dict[str, Any]:
+    """What predict needs to know of a fine-tuning: the tokens that it read."""
+    file = folder / 'tokenizer_config.json'
+    length = paths.read_json(file).get('model_max_length') if file.exists() else None
+    positions = paths.read_json(folder / 'config.json')['max_position_embeddings']
+    return {'max_length': length} if isinstance(length, int) and 3 <= length < positions else {}
+
+
+def _check_rest(folder: pathlib.Path, rest: list[str], num_layers: int) -> None:
+    """Refuses arrays that say the config is not theirs: more layers, another model's heads."""
+    layers = {int(match[1]) for name in rest if (match := LAYER.match(name))}
+    if layers:
+        raise UserError(f'{folder}: the weights have {max(layers) + 1} layers, config.json says {num_layers} '
+                        '(num_hidden_layers).')
+    other = next((name for name in rest if name.startswith(OTHERS)), '')
+    if other:
+        raise UserError(f'{folder}: {other} belongs to another model than BERT (a RoBERTa without its names?).')
+
+
+def _check_config(folder: pathlib.Path, config: Any) -> None:
+    if not isinstance(config, dict):
+        raise UserError(f'{folder}: config.json is no JSON object.')
     known = ', '.join(dict.fromkeys(ARCHITECTURES.values()))
     for name in (config.get('architectures') or ['BertModel']):
         if config.get('model_type', 'bert') != 'bert' or name not in ARCHITECTURES.values():
@@ -122,69 +150,23 @@ def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
     missing = [key for key in SIZES if key not in config]
     if missing:
         raise UserError(f'{folder}: config.json lacks {", ".join(missing)}.')
+    for key, (_, name) in SIZES.items():
+        value, is_rate = config[key], name.endswith('rate')
+        fine = isinstance(value, str) if key == 'hidden_act' else (
+            isinstance(value, (int, float)) and 0 <= value < 1 if is_rate else type(value) is int and value > 0)
+        if not fine:
+            raise UserError(f'{folder}: {key} is {value!r} in config.json.')
+    if config['hidden_act'] not in ACTIVATIONS:
+        raise unknown(f'hidden_act in {folder}/config.json', config['hidden_act'], ACTIVATIONS)
+    if config['hidden_size'] % config['num_attention_heads']:
+        raise UserError(f'{folder}: hidden_size {config["hidden_size"]} is not a multiple of num_attention_heads '
+                        f'{config["num_attention_heads"]}.')
+    if config.get('quantization_config'):
+        raise UserError(f'{folder}: the weights are quantized (quantization_config in config.json); float32, float16 '
+                        'and bfloat16 are read.')
     for key, value in EXPECTED.items():
         if config.get(key, value) != value:
             raise UserError(f'{folder}: {key} is {config[key]!r} there; only {value!r} is supported.')
-
-
-def _open(folder: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
-    """The names of all tensors, each with the function that reads it."""
-    index = next((file for file in (folder / 'model.safetensors.index.json', folder / 'pytorch_model.bin.index.json')
-                  if file.exists()), None)
-    if (folder / 'model.safetensors').exists():
-        files = [folder / 'model.safetensors']
-    elif index:
-        files = [folder / name for name in sorted(set(paths.read_json(index)['weight_map'].values()))]
-    elif (folder / 'pytorch_model.bin').exists():
-        files = [folder / 'pytorch_model.bin']
-    else:
-        raise UserError(f'{folder}: no weights there; expected model.safetensors, pytorch_model.bin, '
-                        'or one of them in shards with an index.')
-    readers = {}
-    for file in files:
-        if not file.exists():
-            raise UserError(f'{file}: this shard is missing; {index.name} names it.')
-        readers |= (_open_safetensors if file.suffix == '.safetensors' else _open_pickle)(file)
-    return readers
-
-
-def _open_safetensors(file: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
-    def get(name: str) -> np.ndarray:
-        with safetensors.safe_open(file, 'numpy') as opened:  # anew each time: what was read leaves memory again
-            return opened.get_tensor(name)
-
-    try:
-        with safetensors.safe_open(file, 'numpy') as opened:
-            return dict.fromkeys(opened.keys(), get)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f'{file}: damaged or cut short ({error}).') from error
-
-
-def _open_pickle(file: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
-    """The tensors of a pytorch_model.bin; nothing in it can run."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f'{file}: reading it needs PyTorch (pip install torch --index-url '
-                        'https://download.pytorch.org/whl/cpu); model.safetensors does not.') from error
-    try:
-        try:
-            state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if 'mmap' not in str(error):
-                raise
-            state = torch.load(file, map_location='cpu', weights_only=True)  # written by PyTorch before 1.6
-    except pickle.UnpicklingError as error:
-        raise UserError(f'{file}: refused, it holds more than tensors and would run code '
-                        f'({cli.first_line(error)[:150]}).') from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f'{file}: damaged or cut short ({cli.first_line(error)[:150]}).') from error
-
-    def get(name: str) -> np.ndarray:
-        tensor = state[name]
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-    return dict.fromkeys(state, get)
 
 
 def _canonical(name: str) -> str:
@@ -223,12 +205,15 @@ def _check_tied(folder: pathlib.Path, names: dict[str, str], get: Callable[[str]
             raise UserError(f'{folder}: {copy} is not equal to {original}; only tied output embeddings are supported.')
 
 
-def _labels(config: dict[str, Any], heads: tuple[str, ...], model: ConfigDict) -> tuple[str, ...]:
+def _labels(folder: pathlib.Path, config: dict[str, Any], heads: tuple[str, ...], model: ConfigDict) -> tuple[str, ...]:
     head = next((head for head in heads if head in ('classification', 'multilabel', 'tagging')), None)
     if head is None:
         return ()
-    names = config.get('id2label') or {}
-    return tuple(str(names.get(str(i), f'LABEL_{i}')) for i in range(model.targets[head].num_classes))
+    count, names = model.targets[head].num_classes, config.get('id2label') or {}
+    if names and sorted(names) != sorted(map(str, range(count))):
+        raise UserError(f'{folder}: the classifier has {count} classes, id2label in config.json names {len(names)} '
+                        f'({", ".join(map(str, names))}).')
+    return tuple(str(names.get(str(i), f'LABEL_{i}')) for i in range(count))
 
 
 def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> list[str]:
@@ -255,7 +240,8 @@ def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> l
         arrays[key] = weights.matrix(tensor, array, tensor.huggingface_transposed)
     save_tensors(arrays, folder / 'model.safetensors')
     (folder / 'config.json').write_text(json.dumps(_their_config(model, heads), indent=2, ensure_ascii=False) + '\n')
-    write_tokenizer(model.tokenizer, folder, model.model.embeddings.max_length)
+    read = model.about.get('config', {}).get('max_length', model.model.embeddings.max_length)
+    write_tokenizer(model.tokenizer, folder, read)
     (folder / 'README.md').write_text(card(model, heads, name, licence))
     return notes
 

@@ -217,6 +217,8 @@ def check(config: ConfigDict) -> None:
     for key in ('save_every', 'eval_every'):
         if config[key] % config.log_every:
             raise UserError(f'{key} {config[key]} is not a multiple of log_every {config.log_every}.')
+    if config.model.embeddings.num_segments < 2 and settings.pairing != 'single':
+        raise UserError('model.embeddings.num_segments=1 and pairs do not go together: sentence B has segment 1.')
     if 'nsp' in config.model.targets and settings.pairing == 'single':
         raise UserError('pairing=single makes no sentence pairs, but the target nsp needs them; '
                         'use configs/pretrain.py:SIZE,no_nsp.')

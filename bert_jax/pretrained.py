@@ -36,10 +36,7 @@ def load(path: str | os.PathLike) -> Pretrained:
         folder = huggingface.download(path)
     reader = next((form for form in (huggingface, tf1) if form.is_folder(folder)), None)
     if reader is not None:
-        model = reader.read(folder)
-        for note in model.notes:
-            cli.note(note)
-        return model
+        return reader.read(folder)
     raise UserError(f'{path}: no model there; expected a workdir (config.json, checkpoints/), a Hugging Face folder '
                     '(config.json, model.safetensors) or a TF1 folder (bert_config.json, bert_model.ckpt.*).')
 
@@ -51,18 +48,33 @@ def _load_workdir(path: str) -> Pretrained:
     if tokenizer.vocab_size != entries:
         raise UserError(f'{path}: its tokenizer has {tokenizer.vocab_size} entries, but its embedding table {entries} '
                         '(vocab_size in config.json).')
-    params, step, scores = checkpoint.load_params(path, best=_best(path))
+    params, step, scores = checkpoint.load_params(path, best=_best(path, config))
     labels = epath.Path(path) / 'labels.json'
+    names = tuple(paths.read_json(labels)) if labels.exists() else ()
+    for name, target in config.model.targets.items():
+        if 'num_classes' in target and len(names) != target.num_classes:
+            raise UserError(f'{labels}: {len(names)} names, but the head {name} has {target.num_classes} classes.')
     about = {'source': config.get('source', f'a bert_jax workdir, {epath.Path(path).name}'), 'step': step,
              'scores': scores, 'config': config.to_dict()}
-    return Pretrained(config.model, params, tokenizer,
-                      tuple(paths.read_json(labels)) if labels.exists() else (), about)
+    return Pretrained(config.model, params, tokenizer, names, about)
 
 
-def _best(path: str) -> str:
-    """The score whose best checkpoint a fine-tuned workdir offers; '' for one that was pre-trained."""
+def _best(path: str, config: ConfigDict) -> str:
+    """The score whose best checkpoint a fine-tuned workdir offers; '' for one that was pre-trained.
+
+    Raises:
+      UserError: no checkpoint there has that score; lists those that they have.
+    """
     file = epath.Path(path) / 'best.json'
-    return paths.read_json(file)['score'] if file.exists() else ''
+    if not file.exists():
+        if 'seeds' in config:  # a fine-tuning's own
+            cli.note(f'{path}: no best.json, which says by what score a checkpoint is chosen; the newest is taken.')
+        return ''
+    score, checkpoints = paths.read_json(file)['score'], checkpoint.Checkpoints(epath.Path(path) / 'checkpoints')
+    known = {name for step in checkpoints.steps() for name in checkpoints.scores(step)}
+    if known and score not in known:
+        raise UserError(f'{file}: no checkpoint has the score {score!r}; they have {", ".join(sorted(known))}.')
+    return score
 
 
 def write_workdir(model: Pretrained, folder: pathlib.Path) -> list[str]:
@@ -93,6 +105,16 @@ def check_fits(model: ConfigDict, source: Pretrained, path: str) -> None:
     if different:
         raise UserError(f'{path} is another architecture: {"; ".join(different)}. '
                         '--config.model.PART.KEY=VALUE changes the config.')
+
+
+def check_segments(source: Pretrained, has_pairs: bool, path: str) -> None:
+    """Refuses pairs for a model that knows one segment: the second text's would be none.
+
+    Raises:
+      UserError: there are pairs, and it does.
+    """
+    if has_pairs and source.model.embeddings.num_segments < 2:
+        raise UserError(f'{path}: knows one segment (type_vocab_size 1), so it takes single texts, no pairs.')
 
 
 def longest_seen(source: Pretrained) -> int:

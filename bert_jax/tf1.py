@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import paths, tf_bundle, weights
+from bert_jax import cli, paths, tf_bundle, weights
 from bert_jax.cli import UserError, unknown
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.weights import Pretrained
@@ -21,6 +21,7 @@ SIZES = {  # the original's name -> part and name of ours
     'attention_probs_dropout_prob': ('encoder', 'attention_dropout_rate')}
 ACTIVATIONS = {'gelu': 'gelu_new', 'relu': 'relu'}  # the original's name -> ours: its gelu is the tanh form
 SLOTS = re.compile(r'(.*/)?(adam_[mv]|Adam(_1)?|AdamWeightDecayOptimizer.*|lamb_[mv])$|global_step$|beta[12]_power$')
+LAYER = re.compile(r'bert/encoder/layer_(\d+)/')
 PREFIX = 'bert_model.ckpt'
 
 
@@ -50,21 +51,29 @@ def read(folder: pathlib.Path) -> Pretrained:
     model = weights.model_config(config, SIZES, ACTIVATIONS[config['hidden_act']], heads, classes,
                                  dropout_rate=0.1)  # run_classifier.py's constant
     pooler = 'bert/pooler/dense/kernel' in names
+    weights.check_pooler(prefix, heads, pooler)
     params = weights.empty_params(model, pooler)
     wanted = {tensor.tf1: tensor for tensor in weights.tensors(model.encoder.num_layers, heads, pooler)}
     for name, tensor in wanted.items():
         if name not in names:
             raise UserError(f'{prefix}: {name} is missing.')
         array = _get(prefix, reader, name)
+        weights.check_finite(f'{prefix}: {name}', array)
         expected = weights.fill(params, tensor, array, tensor.tf1_transposed, config['vocab_size'])
         if expected:
             raise UserError(f'{prefix}: {name} is {array.shape}; bert_config.json asks for {expected}.')
     slots = sorted(name for name in names - wanted.keys() if SLOTS.match(name))
     rest = sorted(names - wanted.keys() - set(slots))
-    notes = [f'left out: {len(slots)} variables of the optimizer.'] if slots else []
-    notes += [f'left out, without a counterpart here: {", ".join(rest)}.'] if rest else []
+    layers = {int(match[1]) for name in rest if (match := LAYER.match(name))}
+    if layers:
+        raise UserError(f'{prefix}: the checkpoint has {max(layers) + 1} layers, bert_config.json says '
+                        f'{model.encoder.num_layers} (num_hidden_layers).')
+    if slots:
+        cli.note(f'{prefix}: left out: {len(slots)} variables of the optimizer.')
+    if rest:
+        cli.note(f'{prefix}: left out, without a counterpart here: {", ".join(rest)}.')
     labels = tuple(f'LABEL_{i}' for i in range(classes))
-    return Pretrained(model, params, tokenizer, labels, {'source': f'TF1 checkpoint, {prefix}'}, notes)
+    return Pretrained(model, params, tokenizer, labels, {'source': f'TF1 checkpoint, {prefix}'})
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:

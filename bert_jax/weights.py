@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from bert_jax.cli import UserError
 from bert_jax.data.tokenizer import Tokenizer
 from bert_jax.model import model as models
 
@@ -27,7 +28,6 @@ class Pretrained:
       tokenizer: the one its ids belong to.
       labels: class names, () without a classifier.
       about: for the model card: 'source', and where known 'step', 'scores', 'config'.
-      notes: what was left out or changed on the way here, for people.
     """
 
     model: ConfigDict
@@ -35,7 +35,6 @@ class Pretrained:
     tokenizer: Tokenizer
     labels: tuple[str, ...] = ()
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
-    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +102,22 @@ def tensors(num_layers: int, heads: tuple[str, ...], pooler: bool) -> Iterator[T
         yield from _expand(_POOLER)
     for head in heads:
         yield from _expand(_HEADS[head])
+
+
+POOLED = ('nsp', 'classification', 'multilabel', 'regression', 'multiple_choice')
+
+
+def check_pooler(source: str, heads: tuple[str, ...], pooler: bool) -> None:
+    """Refuses heads that read a pooler which is not there; zeros in its place would say the same of every text."""
+    reading = [head for head in heads if head in POOLED]
+    if reading and not pooler:
+        raise UserError(f'{source}: its head for {", ".join(reading)} reads the pooler, which is missing.')
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Refuses an array that holds NaN or infinity."""
+    if not np.isfinite(array).all():
+        raise UserError(f'{name} holds numbers that are not finite.')
 
 
 def _expand(rows: tuple, layer: int | None = None) -> Iterator[Tensor]:

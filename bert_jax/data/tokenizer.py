@@ -18,6 +18,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
+from bert_jax import cli, paths
 from bert_jax.cli import UserError
 
 SPECIALS = {  # role -> the names it goes by
@@ -26,6 +27,9 @@ SPECIALS = {  # role -> the names it goes by
 FILES = ('tokenizer.json', 'vocab.txt')  # and *.model, before either
 BERT_WORDPIECE = {'unk_token': '[UNK]', 'continuing_subword_prefix': '##', 'max_input_chars_per_word': 100,
                   'clean_text': True}
+BERT_CLASSES = {f'{name}Tokenizer{fast}' for name in ('Bert', 'DistilBert', 'Electra', 'MobileBert')
+                for fast in ('', 'Fast')}
+ANY_CLASSES = {'PreTrainedTokenizerFast', 'TokenizersBackend'}  # whatever tokenizer.json says
 CACHE_BYTES = 200 << 20  # of words and their ids
 WORD_BYTES = 200         # what a cached word costs besides its characters
 LONGEST_WORD = 64        # characters; a longer chunk (a line without spaces, as Chinese has) will not come again
@@ -205,14 +209,54 @@ def load(path: str | os.PathLike) -> Tokenizer:
     """Loads a tokenizer from a file or folder.
 
     Raises:
-      UserError: nothing to load there, a special token is missing, an entry stands twice.
+      UserError: nothing to load there, a special token is missing, an entry stands twice, another kind of tokenizer by
+        the files beside it.
     """
     path = find(epath.Path(path))
+    paths.check_no_pointer(path)
     if path.name.endswith('.model'):
         return _load_sentencepiece(path)
-    if path.name.endswith('.json'):
-        return _load_json(path)
-    return _load_vocab(path)
+    beside = _beside(path)
+    tokenizer = _load_json(path, beside) if path.name.endswith('.json') else _load_vocab(path, beside)
+    _check_specials(path, tokenizer, beside)
+    return tokenizer
+
+
+def _beside(path: epath.Path) -> dict[str, Any]:
+    """What the folder's tokenizer_config.json says, with config.json's class of tokenizer."""
+    found = {}
+    for name in ('config.json', 'tokenizer_config.json'):
+        file = path.parent / name
+        content = paths.read_json(file) if file.exists() else {}
+        if not isinstance(content, dict):
+            raise UserError(f'{file}: a JSON object is expected.')
+        found |= content if name != 'config.json' else {
+            key: content[key] for key in ('tokenizer_class', 'model_type') if content.get(key)}
+    kind = found.get('tokenizer_class')
+    if kind and kind not in BERT_CLASSES | ANY_CLASSES:
+        raise UserError(f'{path.parent}: its tokenizer is a {kind}, which is not BERT WordPiece '
+                        f'({", ".join(sorted(BERT_CLASSES))}).')
+    return found
+
+
+def _check_specials(path: epath.Path, tokenizer: Tokenizer, beside: dict[str, Any]) -> None:
+    """Refuses special tokens other than those taken, and tokens that are matched before WordPiece."""
+    taken = {role: tokenizer.pieces[getattr(tokenizer, f'{role}_id')] for role in SPECIALS}
+    file, added = path.parent / 'special_tokens_map.json', path.parent / 'added_tokens.json'
+    given = beside | (paths.read_json(file) if file.exists() else {})
+    for role in SPECIALS:
+        name = given.get(f'{role}_token')
+        name = name.get('content') if isinstance(name, dict) else name
+        if name and name != taken[role]:
+            raise UserError(f'{path.parent}: its {role}_token is {name!r}; {taken[role]!r} is expected, which the '
+                            'vocabulary has.')
+    extra = [*(given.get('additional_special_tokens') or ()), *(paths.read_json(added) if added.exists() else ()),
+             *(one for one in (given.get('added_tokens_decoder') or {}).values())]
+    names = [one.get('content') if isinstance(one, dict) else one for one in extra]
+    other = sorted({str(name) for name in names} - set(taken.values()))
+    if other:
+        raise UserError(f'{path.parent}: {", ".join(map(repr, other[:5]))} added to the vocabulary; such tokens are '
+                        'matched before WordPiece, which is not supported.')
 
 
 def find(path: epath.Path) -> epath.Path:
@@ -229,7 +273,7 @@ def find(path: epath.Path) -> epath.Path:
     return path
 
 
-def _load_vocab(path: epath.Path) -> Tokenizer:
+def _load_vocab(path: epath.Path, given: dict[str, Any]) -> Tokenizer:
     """A vocab.txt; `do_lower_case` is read beside it, else taken from the entries themselves."""
     try:
         pieces = path.read_text(encoding='utf-8').split('\n')
@@ -240,10 +284,10 @@ def _load_vocab(path: epath.Path) -> Tokenizer:
         pieces.pop()
     options = {'do_lower_case': not any('A' <= c <= 'Z' for p in pieces if p[:1] != '[' for c in p),
                'strip_accents': None, 'tokenize_chinese_chars': True}
-    beside = path.parent / 'tokenizer_config.json'
-    if beside.exists():
-        given = json.loads(beside.read_text())
-        options |= {key: given[key] for key in options if key in given}
+    options |= {key: given[key] for key in options if key in given}
+    if 'model_type' in given and 'do_lower_case' not in given and not options['do_lower_case']:
+        cli.note(f'{path.parent}: no do_lower_case in a tokenizer_config.json; by its entries the vocabulary is cased '
+                 '(transformers would lowercase).')
     return _wordpiece_tokenizer(pieces, options, str(path))
 
 
@@ -267,8 +311,12 @@ def wordpiece(pieces: Sequence[str], do_lower_case: bool, strip_accents: bool | 
     return backend
 
 
-def _load_json(path: epath.Path) -> Tokenizer:
-    """A tokenizer.json of BERT WordPiece: its entries and options, as if they came from a vocab.txt."""
+def _load_json(path: epath.Path, given: dict[str, Any]) -> Tokenizer:
+    """A tokenizer.json of BERT WordPiece: its entries and options, as if they came from a vocab.txt.
+
+    In a folder of transformers' BertTokenizer the options are those of tokenizer_config.json, as they are for
+    transformers, whatever tokenizer.json says.
+    """
     try:
         content = json.loads(path.read_text())
         model, normalizer = content['model'], content.get('normalizer') or {}
@@ -293,9 +341,17 @@ def _load_json(path: epath.Path) -> Tokenizer:
     pieces = sorted(ids, key=ids.__getitem__)
     if [ids[piece] for piece in pieces] != list(range(len(pieces))):
         raise UserError(f'{path}: ids are not 0..{len(pieces) - 1} without gaps.')
-    return _wordpiece_tokenizer(pieces, {
-        'do_lower_case': normalizer['lowercase'], 'strip_accents': normalizer['strip_accents'],
-        'tokenize_chinese_chars': normalizer['handle_chinese_chars']}, str(path))
+    options = {'do_lower_case': normalizer['lowercase'], 'strip_accents': normalizer['strip_accents'],
+               'tokenize_chinese_chars': normalizer['handle_chinese_chars']}
+    if given.get('tokenizer_class', 'BertTokenizer' if given else '') in BERT_CLASSES:
+        theirs = {'do_lower_case': True, 'strip_accents': None, 'tokenize_chinese_chars': True}
+        theirs |= {key: given[key] for key in theirs if key in given}
+        different = [key for key in options if options[key] != theirs[key]]
+        if different:
+            cli.note(f'{path.parent}: ' + ', '.join(f'{key} is {options[key]} in tokenizer.json, {theirs[key]} by '
+                     'tokenizer_config.json' for key in different) + '; the latter counts, as in transformers.')
+        options = theirs
+    return _wordpiece_tokenizer(pieces, options, str(path))
 
 
 def _load_sentencepiece(path: epath.Path) -> Tokenizer:
