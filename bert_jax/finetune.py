@@ -225,7 +225,7 @@ def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     with config.unlocked():
         config.model, config.data = job.model_config, ConfigDict(identity(job.task))
     with workdir.opened(path, config, job.source.tokenizer) as folder:
-        paths.write_json(folder / 'labels.json', list(job.task.labels))
+        _keep_labels(folder, job.task.labels)
         score = config.best or f'dev/{job.task.best}'
         paths.write_json(folder / 'best.json', {'score': score})
         checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints, score)
@@ -239,6 +239,16 @@ def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
         plots.curves(folder)
     _print_results(path, results)
     return results
+
+
+def _keep_labels(folder: epath.Path, labels: tuple[str, ...]) -> None:
+    """Writes labels.json; refuses other names than those that the weights there were trained with."""
+    file = folder / 'labels.json'
+    found = paths.read_json(file) if file.exists() else list(labels)
+    if found != list(labels) and checkpoint.Checkpoints(folder / 'checkpoints').steps():
+        raise UserError(f'{folder}: was begun with the labels {", ".join(found)}, now they are {", ".join(labels)}; '
+                        f'--config.task.labels="({", ".join(map(repr, found))})" gives them in that order.')
+    paths.write_json(file, list(labels))
 
 
 def _initial(job: Job, config: ConfigDict) -> train.TrainState:

@@ -67,9 +67,11 @@ def test_learns_what_there_is_to_learn_and_writes_it_down(tuned):
     results = json.loads((work / 'results.json').read_text())
     assert results['dev/accuracy'] > 0.9 > results['dev/majority_accuracy']
     lines = (work / 'predictions_dev.tsv').read_text().splitlines()
-    assert lines[0].split('\t') == ['index', 'prediction', 'label', 'p(eggs)', 'p(ham)', 'p(spam)']
+    assert lines[0].split('\t') == ['index', 'where', 'prediction', 'label', 'text', 'p(eggs)', 'p(ham)', 'p(spam)']
     table = [line.split('\t') for line in lines[1:]]
-    assert [int(r[0]) for r in table] == list(range(41)) and [r[2] for r in table] == [label for _, label in rows(41, 1)]
+    assert [int(r[0]) for r in table] == list(range(41)) and [(r[4], r[3]) for r in table] == rows(41, 1)
+    assert [r[1].rpartition(':')[2] for r in table] == [str(2 + i) for i in range(41)] and 'dev.csv:' in table[0][1]
+    table = [r[1:] for r in table]  # prediction and label at 1 and 2
     accuracy = np.mean([r[1] == r[2] for r in table])
     assert accuracy == pytest.approx(results['dev/accuracy'])
     f1 = sklearn.metrics.f1_score([r[2] for r in table], [r[1] for r in table], labels=['eggs', 'ham', 'spam'], average=None)

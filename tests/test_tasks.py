@@ -529,8 +529,8 @@ def test_a_sweep_compiles_each_shape_once_and_takes_several_checkpoints(model, t
     jobs = []
 
     class Watched(finetune.Job):
-        def __init__(self, config):
-            super().__init__(config)
+        def __init__(self, config, task):
+            super().__init__(config, task)
             jobs.append(self)
 
     monkeypatch.setattr(finetune, 'Job', Watched)
@@ -709,7 +709,7 @@ def test_predictions_for_glues_server(model, tmp_path):
         c = config(name, model, make(name, tmp_path / name), 'epochs=1.0')
         finetune.finetune(c, str(tmp_path / f'run_{name}'))
     done = call_module('data.glue', '--runs', tmp_path / 'run_sst2', tmp_path / 'run_stsb', '--output', tmp_path / 'all.zip')
-    assert done.returncode == 0 and 'missing: AX.tsv, CoLA.tsv' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'missing: AX.tsv, CoLA.tsv' in done.stderr, done.stderr
     with zipfile.ZipFile(tmp_path / 'all.zip') as archive:
         assert archive.namelist() == ['SST-2.tsv', 'STS-B.tsv']
         lines = archive.read('STS-B.tsv').decode().splitlines()

@@ -212,6 +212,8 @@ def best_context(spans: list[tuple[int, int]], begin: int, end: int) -> np.ndarr
     A token's context is the smaller of what is left and right of it, plus a hundredth of the window's length.
     Of the windows (ascending) only those that overlap are looked at.
     """
+    if begin == end:  # a passage without tokens
+        return np.zeros(0, bool)
     at, before = np.arange(begin, end), bisect.bisect_right(spans, begin, key=lambda span: span[1])
     near = spans[before:bisect.bisect_left(spans, end, key=lambda span: span[0])]
 

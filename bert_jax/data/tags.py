@@ -231,6 +231,8 @@ def with_tags(task: Task, named_by: Sequence[Sentence]) -> Task:
     """
     types = sorted({tag[2:] for sentence in named_by for tag in sentence.tags} - {''})
     labels = task.labels or ('O', *(f'{prefix}-{kind}' for kind in types for prefix in 'BI'))
+    if len(set(labels)) < len(labels):
+        raise UserError(f'--config.task.labels: {next(x for x in labels if labels.count(x) > 1)!r} stands twice.')
     if len(labels) < 2:
         raise UserError(f'{named_by[0].where.rpartition(":")[0]}: no tag but O in it; is tag_column the right one?')
     splits, notes = dict(task.splits), task.notes
