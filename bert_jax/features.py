@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bert_jax import cli, huggingface, lock, paths, predict, pretrained
+from bert_jax import cli, lock, paths, predict, pretrained, tensor_files
 from bert_jax.cli import UserError
 from bert_jax.data import encoded, store, tasks, texts
 from bert_jax.data.task import Task
@@ -136,7 +136,7 @@ class Extractor:
         self.model = _identity(model)
         self.truncated = 0
         combine = {name: _layer(name, count) for name in layers}
-        config = model.model.copy_and_resolve_references()
+        self._config = config = model.model.copy_and_resolve_references()
         config.encoder.layer_outputs, config.targets = ('hidden',), {}
         module, params = models.build(config), {part: model.params[part] for part in ('embeddings', 'encoder')}
 
@@ -155,6 +155,7 @@ class Extractor:
         data = texts.encode(Task('classification', {}), rows, self.tokenizer, self.max_length,
                             predict.lengths(self.max_length))
         self.truncated += data.truncated
+        pretrained.check_segments(self._config, [data])
         found: list[Any] = [None] * len(rows)
         for numbers, batch in data.evaluation_batches(min(batch_size, len(rows))):
             made = jax.device_get(self._run(self._params, batch))
@@ -192,8 +193,8 @@ def _layer(name: str, count: int) -> Callable[[jax.Array], jax.Array]:
 
 def _write_safetensors(file: pathlib.Path, start: int, rows: list[texts.Row], found: list[dict[str, np.ndarray]],
                        tokenizer: Tokenizer) -> None:
-    huggingface.save_tensors({f'{start + i}/{name}': np.ascontiguousarray(x) for i, one in enumerate(found)
-                              for name, x in one.items()}, file)
+    tensor_files.save({f'{start + i}/{name}': np.ascontiguousarray(x) for i, one in enumerate(found)
+                       for name, x in one.items()}, file)
 
 
 def _write_hdf5(file: pathlib.Path, start: int, rows: list[texts.Row], found: list[dict[str, np.ndarray]],

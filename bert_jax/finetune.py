@@ -126,7 +126,7 @@ class Job:
         self.mesh = partition.make_mesh(config.mesh)
         self.packed = config.packed and HEADS[self.kind.target].uses_pooled
         self.encoded = self._encode(config)
-        pretrained.check_segments(self.source, any(rows.has_pairs for rows in self.encoded.values()), config.init_from)
+        pretrained.check_segments(self.source.model, self.encoded.values())
         self._data: dict[int, dict[str, encoded.Encoded]] = {}
         most = max(len(self.encoded['train']), LARGE_BATCH)
         if config.batch_size > most:

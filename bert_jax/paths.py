@@ -58,23 +58,25 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
         partial.replace(path)
 
 
-POINTER = b'version https://git-lfs.github.com/spec/'
-
-
-def check_no_pointer(file: epath.PathLike) -> None:
-    """Refuses what Git LFS leaves in place of a large file."""
-    with epath.Path(file).open('rb') as content:
-        if content.read(len(POINTER)) == POINTER:
-            raise UserError(f'{file}: a Git LFS pointer, not the file itself; `git lfs pull` in its folder fetches it.')
-
-
 def read_json(file: epath.Path) -> Any:
     """A JSON file's contents."""
     try:
-        check_no_pointer(file)
         return json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if file.exists():
+            refuse_pointer(file)
         raise UserError(f'{file}: damaged, not to be read as JSON ({error}).') from error
+
+
+def refuse_pointer(file: epath.Path) -> None:
+    """Refuses the few lines that Git leaves in place of a large file where Git LFS did not fetch it."""
+    try:
+        with file.open('rb') as content:
+            start = content.read(40)
+    except OSError as error:
+        raise UserError(f'{file}: cannot be read ({error.strerror or error}).') from error
+    if start.startswith(b'version https://git-lfs.github.com/spec/'):
+        raise UserError(f'{file}: a Git LFS pointer, not the file itself; `git lfs pull` in its folder fetches it.')
 
 
 def write_json(file: epath.Path, content: Any) -> None:

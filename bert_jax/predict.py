@@ -65,7 +65,6 @@ class Predictor:
         if not self.target:
             raise UserError(f'{path}: its heads ({", ".join(source.model.targets) or "none"}) predict nothing.')
         self.kind, self.labels, self.truncated = KIND_OF_TARGET.get(self.target, 'fill_mask'), source.labels, 0
-        self._source, self._path = source, path
         self._config, self._params, self._tokenizer = source.model, jax.device_put(source.params), source.tokenizer
         config = source.about.get('config', {})
         self._task = task = config.get('task', {})
@@ -116,7 +115,7 @@ class Predictor:
             apply = self._jitted(task.settings['num_choices'])
         data = module.encode(task, rows, self._tokenizer, self._max_length, lengths(self._max_length))
         self.truncated += data.truncated
-        pretrained.check_segments(self._source, data.has_pairs, self._path)
+        pretrained.check_segments(self._config, [data])
         if HEADS[self.target].uses_pooled:
             data = packed.pack_into(data, data.lengths, batch_size)
         outputs, _ = evaluate.predict(lambda batch: (apply(self._params, batch), {}), data, batch_size, self.target)
@@ -164,6 +163,7 @@ class Predictor:
     def _fill_masks(self, rows: list[texts.Row], top_k: int, batch_size: int) -> list[dict[str, Any]]:
         task = Task('classification', {})
         data = texts.encode(task, rows, _WithMasks(self._tokenizer), self._max_length, lengths(self._max_length))
+        pretrained.check_segments(self._config, [data])
         results: list[Any] = [None] * len(rows)
         for numbers, batch in data.evaluation_batches(batch_size):
             at = batch['input_ids'] == self._tokenizer.mask_id

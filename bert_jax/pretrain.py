@@ -217,8 +217,9 @@ def check(config: ConfigDict) -> None:
     for key in ('save_every', 'eval_every'):
         if config[key] % config.log_every:
             raise UserError(f'{key} {config[key]} is not a multiple of log_every {config.log_every}.')
-    if config.model.embeddings.num_segments < 2 and settings.pairing != 'single':
-        raise UserError('model.embeddings.num_segments=1 and pairs do not go together: sentence B has segment 1.')
+    if settings.pairing != 'single' and config.model.embeddings.num_segments < 2:
+        raise UserError(f'pairing={settings.pairing} makes pairs, but model.embeddings.num_segments is '
+                        f'{config.model.embeddings.num_segments}: 2 or more are needed.')
     if 'nsp' in config.model.targets and settings.pairing == 'single':
         raise UserError('pairing=single makes no sentence pairs, but the target nsp needs them; '
                         'use configs/pretrain.py:SIZE,no_nsp.')

@@ -54,11 +54,6 @@ class Encoded:
         return np.diff(self.starts).reshape(-1, self.group).max(1)
 
     @property
-    def has_pairs(self) -> bool:
-        """Whether any row has a segment 1."""
-        return bool((self.a_lengths < np.diff(self.starts)).any())
-
-    @property
     def shapes(self) -> str:
         """The shapes of rows, for people."""
         return f'lengths {", ".join(map(str, self.lengths))}'
