@@ -38,6 +38,14 @@ class Mean:
         return cls(jnp.sum(values.astype(jnp.float32) * weights), jnp.sum(weights))
 
 
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, Mean]:
+    """Cross-entropy in nats and accuracy; logits [..., C], labels and weights [...]."""
+    right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    best = jnp.max(logits, axis=-1)
+    nll = jax.nn.logsumexp(logits, axis=-1) - right
+    return {'loss': Mean.of(nll, weights), 'accuracy': Mean.of(right >= best, weights)}
+
+
 def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
     """The values of a list of metric dicts (already on the host), summed in float64."""
     merged = {}
