@@ -259,7 +259,8 @@ def say_empty(name: str, rows: list[Any], left_out: int) -> None:
 
 
 def _plain(found: dict[str, Any]) -> str:
-    """For people: what is predicted, then what it was predicted from."""
+    """For people: what is predicted, then what it was predicted from, in one line (a line for each [MASK])."""
+    found = {key: ' '.join(value.splitlines()) if isinstance(value, str) else value for key, value in found.items()}
     text = ' | '.join(found[name] for name in ('text', 'text_pair') if name in found)
     if 'masks' in found:
         return '\n'.join([text, *('  ' + ', '.join(f'{guess["token"]} {guess["score"]:.3f}' for guess in mask)

@@ -175,6 +175,8 @@ def test_predictions_stay_in_their_rows(model, tmp_path, capsys, monkeypatch):  
     assert said == ['w1', '', 'w2'] and '1 texts of - are empty' in err
     assert lines('--input', write(tmp_path / 'a.txt', 'w1\n\nw2 w3\n'))[0] == ['w1', '', 'w2 w3']
     assert lines('--input', write(tmp_path / 'a.csv', 'n,text\n1,"w1, w2"\n2,w3\n'))[0] == ['w1, w2', 'w3']
+    done = call_module('predict', '--workdir', tmp_path / 'w', '--input', write(tmp_path / 'b.csv', 'text\n"w1\nw2"\nw3\n'))
+    assert [line.split('\t')[-1] for line in done.stdout.splitlines()] == ['w1 w2', 'w3']
 
 
 @pytest.mark.parametrize('command', ['predict', 'features'])
