@@ -119,7 +119,7 @@ class Extractor:
     Attributes:
       layers: their names.
       step: of a workdir, the step whose parameters these are.
-      model: a hash of its architecture and parameters.
+      model: a hash of its architecture, parameters and tokenizer.
       task: the settings of its fine-tuning, {} for none.
       tokenizer: the model's.
       max_length: tokens of a text.
@@ -170,7 +170,7 @@ def _identity(model: Pretrained) -> str:
     """A hash of what vectors depend on."""
     parts = ('embeddings', 'encoder')
     about = json.dumps([model.model[part].to_dict() for part in parts], default=str, sort_keys=True)
-    digest = hashlib.sha256(about.encode())
+    digest = hashlib.sha256(about.encode() + model.tokenizer.hash.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path({part: model.params[part] for part in parts}):
         digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()[:16]

@@ -37,7 +37,7 @@ import numpy as np
 
 from bert_jax import cli, evaluate, pretrained, scores
 from bert_jax.cli import UserError
-from bert_jax.data import packed, tasks, texts
+from bert_jax.data import packed, tables, tasks, texts
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.data.task import Task
 from bert_jax.model import model as models
@@ -251,7 +251,7 @@ def main() -> None:
 
 def say_empty(name: str, rows: list[Any], left_out: int) -> None:
     """Notes on lines without a text."""
-    empty = sum(isinstance(row, texts.Row) and not row.text.strip() for row in rows)
+    empty, name = sum(map(tasks.has_empty_text, rows)), tables.shown(name)
     if left_out:
         cli.note(f'{left_out:,} empty lines of {name} are left out.')
     if empty:
@@ -259,9 +259,8 @@ def say_empty(name: str, rows: list[Any], left_out: int) -> None:
 
 
 def _plain(found: dict[str, Any]) -> str:
-    """For people: what is predicted, then what it was predicted from, in one line (a line for each [MASK])."""
-    found = {key: ' '.join(value.splitlines()) if isinstance(value, str) else value for key, value in found.items()}
-    text = ' | '.join(found[name] for name in ('text', 'text_pair') if name in found)
+    """For people: what is predicted, then what it was predicted from, in one line; a [MASK] has one of its own."""
+    text = ' | '.join(_one_line(found[name]) for name in ('text', 'text_pair') if name in found)
     if 'masks' in found:
         return '\n'.join([text, *('  ' + ', '.join(f'{guess["token"]} {guess["score"]:.3f}' for guess in mask)
                                   for mask in found['masks'])])
@@ -272,10 +271,14 @@ def _plain(found: dict[str, Any]) -> str:
     if 'value' in found:
         return f'{found["value"]:.4f}\t{text}'
     if 'tags' in found:
-        return ' '.join(f'{word}/{tag}' for word, tag in zip(found['words'], found['tags']))
+        return ' '.join(f'{_one_line(word)}/{tag}' for word, tag in zip(found['words'], found['tags']))
     if 'choice' in found:
-        return f'{found["choice"]}\t{max(found["scores"]):.3f}\t{found["context"]} | {found["text"]}'
-    return f'{found["text"] or "(no answer)"}\t{found["begin"]}-{found["end"]}\t{found["question"]}'
+        return f'{found["choice"]}\t{max(found["scores"]):.3f}\t{_one_line(found["context"])} | {text}'
+    return f'{text or "(no answer)"}\t{found["begin"]}-{found["end"]}\t{_one_line(found["question"])}'
+
+
+def _one_line(text: str) -> str:
+    return ' '.join(text.split())
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-corpus=stdlib: held_out= run=
+corpus=stdlib: held_out='' run=''
 while [ $# -gt 0 ]; do
   case $1 in
     --corpus) corpus=${2:?--corpus needs a file or a glob}; shift 2 ;;

@@ -18,6 +18,7 @@ from test_tasks import config, make, model  # noqa: F401 - model is a fixture
 from bert_jax import finetune, predict
 from bert_jax.cli import UserError
 from bert_jax.data import choices, tables, tags, tasks, texts
+from bert_jax.data import labels as labels_
 from bert_jax.data.task import Task
 
 
@@ -59,7 +60,7 @@ def test_a_lone_carriage_return_ends_no_line(tmp_path):
 
 
 def classes(labels, given=(), dev=('a', 'b')):
-    rows = [texts.Row('t', None, texts._label(f'f.csv:{i}', label), f'f.csv:{i}') for i, label in enumerate(labels)]
+    rows = [texts.Row('t', None, labels_.given(f'f.csv:{i}', label), f'f.csv:{i}') for i, label in enumerate(labels)]
     task = texts.with_classes(Task('classification', {'train': rows}, given), rows)
     return [row.label for row in task.splits['train']], task.labels, task.notes
 
@@ -163,16 +164,15 @@ def test_predictions_stay_in_their_rows(model, tmp_path, capsys, monkeypatch):  
         (f'{settings["dev_file"]}:{2 + i}', record['text']) for i, record in enumerate(records(settings['dev_file']))]
 
     def lines(*arguments):
-        tables._standard_input.cache_clear()
         monkeypatch.setattr('sys.argv', ['predict', '--workdir', str(tmp_path / 'w'), '--json', *arguments])
         capsys.readouterr()
         predict.main()
         out, err = capsys.readouterr()
         return [json.loads(line)['text'] for line in out.splitlines()], err
 
-    monkeypatch.setattr('sys.stdin', io.StringIO('{"text": "w1"}\n{"text": ""}\n{"text": "w2"}\n'))
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'{"text": "w1"}\n{"text": ""}\n{"text": "w2"}\n')))
     said, err = lines('--input', '-')
-    assert said == ['w1', '', 'w2'] and '1 texts of - are empty' in err
+    assert said == ['w1', '', 'w2'] and '1 texts of standard input are empty' in err
     assert lines('--input', write(tmp_path / 'a.txt', 'w1\n\nw2 w3\n'))[0] == ['w1', '', 'w2 w3']
     assert lines('--input', write(tmp_path / 'a.csv', 'n,text\n1,"w1, w2"\n2,w3\n'))[0] == ['w1, w2', 'w3']
     done = call_module('predict', '--workdir', tmp_path / 'w', '--input', write(tmp_path / 'b.csv', 'text\n"w1\nw2"\nw3\n'))

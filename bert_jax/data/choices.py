@@ -1,8 +1,6 @@
 """Multiple choice: a context, its possible continuations, and which is right."""
 
-import csv
 import dataclasses
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -178,13 +176,11 @@ def labelled(rows: Sequence[Question]) -> bool:
 
 def files(task: Task, split: str, rows: Sequence[Question], predictions: list[dict[str, Any]]) -> dict[str, str]:
     """One TSV: a question's number and place, the choice predicted, the right one if known, texts, probabilities."""
-    out = io.StringIO()
-    writer = csv.writer(out, delimiter='\t', lineterminator='\n')
-    writer.writerow(('index', 'where', 'prediction', 'label', 'context', 'text', 'probabilities'))
+    lines = [('index', 'where', 'prediction', 'label', 'context', 'text', 'probabilities')]
     for number, (row, found) in enumerate(zip(rows, predictions)):
-        writer.writerow((number, row.where, found['choice'], '' if row.label is None else row.label, row.context,
-                         found['text'], ' '.join(f'{p:.6f}' for p in found['scores'])))
-    return {f'predictions_{split}.tsv': out.getvalue()}
+        lines.append((number, row.where, found['choice'], '' if row.label is None else row.label, row.context,
+                      found['text'], ' '.join(f'{p:.6f}' for p in found['scores'])))
+    return {f'predictions_{split}.tsv': tables.as_tsv(lines)}
 
 
 def parse(value: Any) -> Question:

@@ -1,5 +1,6 @@
 """Labelled files: CSV, TSV and JSON lines -> records with their file and line."""
 
+import codecs
 import csv
 import functools
 import hashlib
@@ -31,8 +32,8 @@ def read_table(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = READERS.get(_ending(file)) or (_json_rows if is_json_lines(file) else None)
     if reader is None:
         raise UserError(f'{file}: a table ends with {", ".join(READERS)}.')
-    with open_text(file, newline='' if _ending(file) == '.csv' else '\n') as lines:
-        yield from decoded(file, reader(file, lines))
+    with _open(file, newline='') if reader is _csv_rows else open_text(file) as lines:
+        yield from decoded(file, reader(shown(file), lines))
 
 
 def _ending(file: str) -> str:
@@ -45,15 +46,27 @@ def is_table(file: str) -> bool:
 
 
 def is_json_lines(file: str) -> bool:
-    """Whether a file's first line that is not empty is a JSON object."""
+    """Whether a file's first line that is not empty is a JSON object.
+
+    Raises:
+      UserError: it begins as JSON does, but is none of one object a line.
+    """
     if _ending(file) in READERS:
         return False
-    with open_text(file) as lines:
-        first = next((line for line in decoded(file, lines) if line.strip()), '')
-    try:
-        return isinstance(json.loads(first), dict)
-    except ValueError:
+    with _bytes(file) as content:
+        first = next((line for line in content if line.strip()), b'').removeprefix(codecs.BOM_UTF8).strip()
+    if not LIKE_JSON.match(first):
         return False
+    try:
+        if isinstance(json.loads(first), dict):
+            return True
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f'{shown(file)}: begins as JSON does, but its first line is no JSON object; one a line is '
+                    'expected.')
+
+
+LIKE_JSON = re.compile(rb'\[?\s*\{\s*("|\}|$)|\[\s*$')
 
 
 def columns(file: str) -> list[str]:
@@ -65,38 +78,62 @@ def read_rows(file: str) -> Iterator[tuple[str, list[str]]]:
     """(file:line, fields) of each line of a .tsv without a header."""
     with open_text(file) as lines:
         yield from decoded(file, ((f'{file}:{number}', line.rstrip('\r\n').split('\t'))
-                                   for number, line in enumerate(lines, 1) if line.strip()))
+                                   for number, line in enumerate(lines, 1) if line.strip('\r\n')))
 
 
-def open_text(file: str, newline: str = '\n') -> Any:
-    """A UTF-8 file, with or without a byte-order mark, or standard input (-); a lone carriage return ends no line."""
-    if file == '-':
-        return io.StringIO(_standard_input())
+def open_text(file: str) -> Any:
+    """A UTF-8 file, with or without a byte-order mark, or standard input (-); a lone carriage return ends no line.
+
+    Raises:
+      UserError: no such file, or one whose lines all end with carriage returns alone.
+    """
+    with _bytes(file) as content:
+        head = content.peek(1)
+    if b'\n' not in head and head.count(b'\r') > 1:
+        raise UserError(f'{shown(file)}: its lines end with carriage returns alone, as on old Macs; put line feeds '
+                        "there (tr '\\r' '\\n').")
+    return _open(file)
+
+
+def _open(file: str, newline: str = '\n') -> Any:
+    return io.TextIOWrapper(_bytes(file), encoding='utf-8-sig', newline=newline)
+
+
+def _bytes(file: str) -> io.BufferedReader:
+    """A file from its beginning, also standard input or another pipe that was opened before."""
     try:
-        return open(file, newline=newline, encoding='utf-8-sig')
+        piped = file == '-' or (os.path.exists(file) and not os.path.isfile(file))
+        opened = io.BytesIO(_piped(sys.stdin if file == '-' else file)) if piped else io.FileIO(file)
     except OSError as error:
         raise UserError(f'{file}: {error.strerror}.') from error
+    return io.BufferedReader(opened, 1 << 20)
 
 
 @functools.cache
-def _standard_input() -> str:
-    """All of it, to be looked at more than once."""
-    return ''.join(decoded('-', sys.stdin)).removeprefix('\ufeff')
+def _piped(source: Any) -> bytes:
+    """All that comes through standard input, or a pipe of that path: it comes once."""
+    if not isinstance(source, str):
+        return source.buffer.read()
+    with open(source, 'rb') as pipe:
+        return pipe.read()
+
+
+def shown(file: str) -> str:
+    """A file's name for people."""
+    return 'standard input' if file == '-' else file
 
 
 def decoded(file: str, rows: Iterator[T]) -> Iterator[T]:
     """The same rows; bytes that are not UTF-8 are an error with file and line."""
     try:
         yield from rows
-    except UnicodeDecodeError as error:
-        if file == '-':
-            raise UserError(f'standard input: not valid UTF-8 ({error.reason}).') from error
-        with open(file, 'rb') as content:
+    except UnicodeDecodeError:
+        with _bytes(file) as content:
             for number, line in enumerate(content, 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:
-                    raise UserError(f'{file}:{number}: not valid UTF-8 ({error.reason}).') from error
+                    raise UserError(f'{shown(file)}:{number}: not valid UTF-8 ({error.reason}).') from error
 
 
 def _json_rows(file: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -104,8 +141,8 @@ def _json_rows(file: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str,
         if line.strip():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f'{file}:{number}: not JSON ({error.msg}).') from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f'{file}:{number}: not JSON ({getattr(error, "msg", error)}).') from error
             check_characters(f'{file}:{number}', line, record)
             if not isinstance(record, dict):
                 raise UserError(f'{file}:{number}: a JSON object a line is expected.')
@@ -173,6 +210,19 @@ def _under_a_header(file: str, rows: Iterator[tuple[int, list[str]]]) -> Iterato
             yield where, dict(zip(header, row))
 
 
+def as_tsv(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows with tabs between fields, quoted as in CSV; csv itself leaves a carriage return unquoted here."""
+    out = io.StringIO(newline='')
+    writer = csv.writer(out, delimiter='\t', lineterminator='\r\n')
+    lines = []
+    for row in rows:
+        out.seek(0)
+        out.truncate()
+        writer.writerow(row)
+        lines.append(out.getvalue().removesuffix('\r\n') + '\n')
+    return ''.join(lines)
+
+
 READERS = {'.csv': _csv_rows, '.tsv': _tsv_rows, '.jsonl': _json_rows, '.json': _json_rows}
 
 
@@ -187,7 +237,7 @@ def text(where: str, record: dict[str, Any], name: str) -> str:
 
 def as_text(where: str, name: str, value: Any) -> str:
     """A value of a record as text; see `text`."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value:
         raise UserError(f'{where}: {name} is {json.dumps(value)[:40]}, which is no text.')
     return str(value)
 
@@ -209,18 +259,15 @@ def no_column(where: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def whole(where: str, name: str, value: Any) -> int:
-    """A whole number, as JSON has it or as text.
+    """A whole number, as JSON has it or as text; 2.0 is one, as pandas writes 2 where others are missing.
 
     Raises:
       UserError: it is none.
     """
-    try:
-        number = int(float(value)) if re.fullmatch(r'\s*-?\d+\.0+\s*', str(value)) else int(value)
-        if isinstance(value, float) and number != value:
-            raise ValueError
-        return number
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{where}: {name} {value!r} is not a whole number.') from error
+    found = re.fullmatch(r'\s*([+-]?[0-9]{1,18})(\.0+)?\s*', str(value))
+    if found is None:
+        raise UserError(f'{where}: {name} {value!r} is not a whole number.')
+    return int(found[1])
 
 
 def cut_dev(rows: Sequence[T], share: float, key: Callable[[T], str], file: str) -> tuple[list[T], list[T]]:
@@ -229,7 +276,9 @@ def cut_dev(rows: Sequence[T], share: float, key: Callable[[T], str], file: str)
         digest = hashlib.blake2b(key(row).encode(), digest_size=8).digest()
         return int.from_bytes(digest, 'little') < share * 2**64
 
-    train, dev = [row for row in rows if not is_dev(row)], [row for row in rows if is_dev(row)]
+    train, dev = [], []
+    for row in rows:
+        (dev if is_dev(row) else train).append(row)
     if not train or not dev:
         raise UserError(f'{file}: {len(rows)} rows are too few to cut a dev split of {share:g} from; '
                         'give --config.task.dev_file.')

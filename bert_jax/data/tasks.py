@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from bert_jax import cli
 from bert_jax.cli import UserError, choose, unknown
 from bert_jax.data import choices, glue, spans, tables, tags, texts
 from bert_jax.data.task import Task
@@ -79,7 +80,7 @@ def own_texts(kind: str, *, train_file: str, dev_file: str, test_file: str, text
     read = functools.partial(texts.read, text=text_column, pair=text_pair_column, label=label_column)
     splits, named_by, notes = _splits(train_file, dev_file, test_file, read, dev_share,
                                       lambda row: f'{row.text}\0{row.pair}')
-    task = texts.empty_texts(Task(kind, splits, tuple(map(str, labels)), notes=notes))
+    task = Task(kind, splits, tuple(map(str, labels)), notes=notes)
     if kind == 'regression':
         return texts.with_numbers(dataclasses.replace(task, best='spearman'))
     if kind == 'multilabel':
@@ -192,7 +193,18 @@ def read(name: str, settings: dict[str, Any]) -> Task:
     except TypeError as error:
         raise UserError(f'--config.task.name={name}: {error}; --config configs/finetune.py:{name} has its settings.'
                         ) from error
-    return reader(**settings)
+    task = reader(**settings)
+    counts = {split: sum(map(has_empty_text, rows)) for split, rows in task.splits.items()}
+    said = ', '.join(f'{count:,} of {len(task.splits[split]):,} {split}' for split, count in counts.items() if count)
+    return dataclasses.replace(task, notes=(*task.notes, f'{said} texts are empty')) if said else task
+
+
+def has_empty_text(row: Any) -> bool:
+    """Whether an example lacks a text, one of its pair, its question, passage, context or words."""
+    if isinstance(row, tags.Sentence):
+        return not ''.join(row.words).strip()
+    parts = (getattr(row, name, None) for name in ('text', 'pair', 'passage', 'context'))
+    return any(part is not None and not part.strip() for part in parts)
 
 
 def read_inputs(file: str, kind: str, settings: dict[str, Any]) -> tuple[list[Any], int]:
@@ -212,16 +224,38 @@ def read_inputs(file: str, kind: str, settings: dict[str, Any]) -> tuple[list[An
     """
     module = KINDS[kind].module if kind in KINDS else texts
     if module is tags and not tables.is_table(file) and os.path.splitext(file)[1].lower() not in ('', '.txt'):
-        return tags.read(file, '', '', 'iob2', labelled=False), 0
+        return tags.read(file, *_numbers(settings), 'iob2', labelled=False), 0
     if tables.is_table(file) or (module is spans and file.endswith('.json')):
         return _read_columns(file, module, settings), 0
     with tables.open_text(file) as lines:
         every = [line.rstrip('\r\n') for line in tables.decoded(file, lines)]
     while every and not every[-1].strip():
         every.pop()
-    found = [(f'{file}:{number}', line) for number, line in enumerate(every, 1)
+    found = [(f'{tables.shown(file)}:{number}', line) for number, line in enumerate(every, 1)
              if line.strip() or module in (texts, tags)]
-    return [parsed(module, kind, parts_of(line), where) for where, line in found], len(every) - len(found)
+    rows = [parsed(module, kind, parts_of(line), where) for where, line in found]
+    if module is texts and _pair_column(settings) is not None:
+        _say_tabs(rows, bool(_pair_column(settings)))
+    return rows, len(every) - len(found)
+
+
+def _say_tabs(rows: list[texts.Row], paired: bool) -> None:
+    odd = [row.where for row in rows if row.text.strip() and (row.pair is not None) != paired]
+    if odd:
+        cli.note(f'{len(odd):,} lines have {"no tab" if paired else "a tab"}, the first at {odd[0]}; the model was '
+                 f'fine-tuned on {"pairs, with a tab between them" if paired else "single texts"}.')
+
+
+def _numbers(settings: dict[str, Any]) -> tuple[str, str]:
+    """The columns of a tagger's column file; ('', '') where the run's have names."""
+    found = tuple(settings.get(name, '') for name in ('word_column', 'tag_column'))
+    return ('', '') if tags.is_table('', *found) else found
+
+
+def _pair_column(settings: dict[str, Any]) -> str | None:
+    """Where a task has the second texts, '' for none; None where no task of texts says."""
+    name = settings.get('name', '')
+    return glue.columns(name)[1] if name in glue.LAYOUTS else settings.get('text_pair_column')
 
 
 def _read_columns(file: str, module: Any, settings: dict[str, Any]) -> list[Any]:
@@ -239,8 +273,8 @@ def _read_columns(file: str, module: Any, settings: dict[str, Any]) -> list[Any]
         return [dataclasses.replace(row, id='') if row.id == row.where else row for row in rows]
     if module is tags:
         words = column('word_column', 'words', 'tokens')
-        if words not in known and file.endswith('.tsv'):
-            words = ''  # a word a line
+        if words not in known and file.lower().endswith('.tsv'):  # a word a line
+            return tags.read(file, *_numbers(settings), 'iob2', labelled=False)
         return tags.read(file, words, '', 'iob2', labelled=False, sentence_column=settings.get('sentence_column', ''))
     if module is choices:
         several = settings.get('choice_columns', ())
@@ -248,13 +282,10 @@ def _read_columns(file: str, module: Any, settings: dict[str, Any]) -> list[Any]
                    'choice_columns': several if several and set(several) <= set(known) else ('choices',)}
         form = settings.get('format', 'plain')
         return choices.read(file, form, labelled=False, **(columns if form == 'plain' else {}))
-    text, pair = glue.columns(settings.get('name', ''))
-    pair = column('text_pair_column', *filter(None, (pair,)), 'text_pair')
-    rows = texts.read(file, column('text_column', *filter(None, (text,)), 'text'), pair if pair in known else '', '',
-                      labelled=False)
-    if settings.get('text_pair_column') and pair not in known:
-        raise tables.no_column(file, settings['text_pair_column'], known)
-    return rows
+    text, pair = glue.columns(settings.get('name', ''))[0], _pair_column(settings)
+    if pair:
+        pair = next((name for name in (pair, 'text_pair') if name in known), pair)
+    return texts.read(file, column('text_column', *filter(None, (text,)), 'text'), pair, '', labelled=False)
 
 
 def parts_of(line: str) -> str | tuple[str, ...]:

@@ -1,21 +1,17 @@
 """Sentences and pairs with a class, several classes, or a number: classification, multi-label, regression."""
 
-import ast
-import csv
 import dataclasses
-import io
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from bert_jax import scores
 from bert_jax.cli import UserError
-from bert_jax.data import encoded, tables
+from bert_jax.data import encoded, labels, tables
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 
@@ -38,32 +34,22 @@ class Row:
     where: str
 
 
-def read(file: str, text: str, pair: str, label: str, labelled: bool = True) -> list[Row]:
-    """Rows of a table; `pair` may be '', for none. Unless they are `labelled`, labels are not looked at."""
+def read(file: str, text: str, pair: str | None, label: str, labelled: bool = True) -> list[Row]:
+    """Rows of a table. Unless they are `labelled`, labels are not looked at.
+
+    `pair` may be '', for none, and None, for pairs in the rows that have something in 'text_pair'.
+    """
     rows = []
     for where, record in tables.read_table(file):
-        value = _label(where, tables.column(where, record, label)) if labelled else None
+        value = labels.given(where, tables.column(where, record, label)) if labelled else None
         if labelled and value is None:
             raise UserError(f'{where}: no label.')
-        other = tables.text(where, record, pair) if pair else None
+        name = pair if pair is not None else 'text_pair' if record.get('text_pair') else ''
+        other = tables.text(where, record, name) if name else None
         rows.append(Row(tables.text(where, record, text), other, value, where))
     if not rows:
         raise UserError(f'{file}: no rows in it.')
     return rows
-
-
-def _label(where: str, value: Any) -> Any:
-    """A label as it is given: a text or number as text, a list as it is; None for none (null, NaN)."""
-    if value is None or value != value:
-        return None
-    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, (dict, list)) for one in value)):
-        raise UserError(f'{where}: the label {json.dumps(value)[:40]} is neither a name, a number nor a list of names.')
-    return value if isinstance(value, list) else _named(value)
-
-
-def _named(value: Any) -> str:
-    """The name of a label that may be a number: 1.0 is 1."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def with_classes(task: Task, named_by: Sequence[Row] = ()) -> Task:
@@ -76,112 +62,102 @@ def with_classes(task: Task, named_by: Sequence[Row] = ()) -> Task:
         and line).
     """
     task, tidied = _tidied(task)
-    labels = task.labels or sort_labels(tidied(row.label) for row in named_by if isinstance(row.label, str))
-    check_labels(task.labels or labels, task.splits['train'][0].where)
+    names = task.labels or labels.in_order({tidied(label) for label in {
+        row.label for row in named_by if isinstance(row.label, str)}})
+    labels.check(names, task.splits['train'][0].where)
+    known = set(names)
 
     def problem(row: Row) -> str:
+        if isinstance(row.label, list) or (labels.QUOTED.search(row.label) and labels.is_list(row.label)):
+            return 'a list is the label of a multilabel task (--config configs/finetune.py:multilabel)'
         if row.label == '':
             return 'no label'
-        if isinstance(row.label, list):
-            return 'a list is the label of a multilabel task (--config configs/finetune.py:multilabel)'
-        return '' if row.label in labels else f'label {row.label!r} is not in the label set: {", ".join(labels)}'
+        return '' if row.label in known else f'label {row.label!r} is not in the label set: {", ".join(names)}'
 
-    return dataclasses.replace(_checked(task, problem), labels=labels)
+    task = _checked(task, problem)
+    odd = set() if task.labels else known.intersection(labels.LIKE_MISSING)
+    notes = tuple(f'{name!r} is taken for the name of a label; a missing one is an empty field, or null'
+                  for name in sorted(odd))
+    return dataclasses.replace(task, labels=names, notes=(*task.notes, *notes))
 
 
 def _tidied(task: Task) -> tuple[Task, Callable[[str], str]]:
     """The task with its labels tidied, with a note of how many were not; and what tidies one."""
-    found = {row.label for rows in task.splits.values() for row in rows if isinstance(row.label, str)}
-    names = {label.strip() for label in found}
+    counts = Counter(row.label for rows in task.splits.values() for row in rows if isinstance(row.label, str))
+    names = {label.strip() for label in counts}
 
     def tidied(label: str) -> str:
         label = label.strip()
-        whole = re.fullmatch(r'(-?\d+)\.0+', label)
+        whole = re.fullmatch(r'(-?[0-9]+)\.0+', label)
         return whole[1] if whole and whole[1] in names and label not in task.labels else label
 
-    changed = [label for label in found if tidied(label) != label]
+    changed = {label: tidied(label) for label in counts if tidied(label) != label}
     if not changed:
         return task, tidied
-    count = sum(row.label in changed for rows in task.splits.values() for row in rows if isinstance(row.label, str))
-    note = (f'{count:,} labels are taken for others that differ in blanks or in .0 alone: '
+    note = (f'{sum(map(counts.get, changed)):,} labels are taken for others that differ in blanks or in .0 alone: '
             f'{", ".join(map(repr, sorted(changed)[:5]))}')
-    task = _labels_as(task, lambda row: tidied(row.label) if isinstance(row.label, str) else row.label, task.labels)
+    task = _labels_as(task, lambda row: changed.get(row.label, row.label) if isinstance(row.label, str) else row.label,
+                      task.labels)
     return dataclasses.replace(task, notes=(*task.notes, note)), tidied
-
-
-def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """The different ones: whole numbers by size, others by their letters."""
-    found = set(labels) - {''}
-    whole = all(re.fullmatch(r'-?\d+', label) for label in found)
-    return tuple(sorted(found, key=int if whole else str))
-
-
-def check_labels(labels: Sequence[str], where: str) -> None:
-    """Refuses label names that are fewer than two, or one that stands twice."""
-    if len(labels) < 2:
-        raise UserError(f'{where.rpartition(":")[0]}: {len(labels)} labels ({", ".join(labels)}); two or more are '
-                        'expected.')
-    twice = next((label for label in labels if list(labels).count(label) > 1), None)
-    if twice is not None:
-        raise UserError(f'--config.task.labels: {twice!r} stands twice.')
 
 
 def with_label_sets(task: Task, named_by: Sequence[Row] = ()) -> Task:
     """A multi-label task: each label is a list (JSON lines) or names with |, commas or spaces between them; or none.
 
     What stands between names is the first of these that any row has: with commas, names may have spaces. A list that
-    was written as text ("['a', 'b']") is a list. Lists of as many 0s and 1s as --config.task.labels has names say which
-    of these a row has.
+    was written as text ("['a', 'b']") is a list. As many 0s and 1s as --config.task.labels has names, in a list or with
+    the same between them, say which of these a row has.
 
     Raises:
-      UserError: as `with_classes`; lists of 0s and 1s whose names are not given.
+      UserError: as `with_classes`; a list of what are no names; 0s and 1s whose names are not given.
     """
-    task, named_by = _labels_as(task, _as_list, task.labels), [dataclasses.replace(
-        row, label=_as_list(row)) for row in named_by]
-    every = [row for rows in (named_by, *task.splits.values()) for row in rows if row.label is not None]
-    texts = [row.label for row in every if isinstance(row.label, str)]
-    between = next((sign for sign in '|,' if any(sign in text for text in texts)), None)
-    hot = _multi_hot(task, every)
+    texts = {row.label for rows in (named_by, *task.splits.values()) for row in rows if isinstance(row.label, str)}
+    plain = [text for text in texts if not labels.is_list(text)]
+    between = next((sign for sign in '|,' if any(sign in text for text in plain)), None)
 
-    def names(row: Row) -> list[str]:
-        if hot:
-            return [label for label, there in zip(task.labels, row.label) if there]
-        found = row.label.split(between) if isinstance(row.label, str) else map(_named, row.label)
-        return sorted({name.strip() for name in found} - {''})
+    def parts(label: str | list[Any]) -> tuple[list[str], bool]:
+        """What is in a label, and whether that is a list."""
+        found = list(map(labels.named, label)) if isinstance(label, list) else labels.listed(label)
+        if found is not None:
+            return found, True
+        return [part.strip() for part in label.split(between) if part.strip()], False
 
-    labels = task.labels or sort_labels(name for row in named_by for name in names(row))
-    check_labels(labels, task.splits['train'][0].where)
+    rows = [_or_error(lambda row: parts(row.label)[0], row) for row in named_by]
+    hot = labels.one_for_each(rows)
+    if hot and len(task.labels) != len(rows[0]):
+        raise UserError(f'{named_by[0].where}: the labels are lists of {len(rows[0])} 0s and 1s, one for each name; '
+                        f'--config.task.labels=(...) gives the {len(rows[0])} names, or write the names themselves.')
+    names = task.labels or labels.in_order(part.strip() for row in rows for part in row)
+    known = set(names)
 
     def problem(row: Row) -> str:
-        unknown = [name for name in names(row) if name not in labels]
-        return f'label {unknown[0]!r} is not in the label set: {", ".join(labels)}' if unknown else ''
+        try:
+            found, is_list = parts(row.label)
+        except ValueError as error:
+            return str(error)
+        if hot and (len(found) != len(names) or not all(part.lower() in labels.ON for part in found)):
+            return f'the label {str(row.label)[:40]} is not {len(names)} 0s and 1s'
+        if not hot and is_list and labels.are_no_names(found):
+            return f'the label {str(row.label)[:40]} is a list of numbers that name no labels'
+        unknown = [] if hot else [part for part in found if part.strip() and part.strip() not in known]
+        return f'label {unknown[0]!r} is not in the label set: {", ".join(names)}' if unknown else ''
+
+    def made(row: Row) -> tuple[str, ...]:
+        found, _ = parts(row.label)
+        if hot:
+            return tuple(name for name, part in zip(names, found) if labels.ON[part.lower()])
+        return tuple(sorted({part.strip() for part in found} - {''}))
 
     task = _checked(task, problem)
-    return _labels_as(task, lambda row: tuple(names(row)), labels)
+    labels.check(names, task.splits['train'][0].where)
+    return _labels_as(task, made, names)
 
 
-def _as_list(row: Row) -> Any:
-    """The label, as a list where it is one that was written as text (by pandas, or by NumPy without commas)."""
-    text = row.label
-    if not isinstance(text, str) or not re.fullmatch(r'\s*\[.*\]\s*', text, re.DOTALL):
-        return text
+def _or_error(read: Callable[[Row], Any], row: Row) -> Any:
     try:
-        found = ast.literal_eval(re.sub(r"""(['"])\s+(['"])""", r'\1, \2', text.strip()))
-    except (ValueError, SyntaxError) as error:
-        raise UserError(f'{row.where}: the label {text[:40]!r} looks like a list, but is none.') from error
-    return _label(row.where, found)
-
-
-def _multi_hot(task: Task, rows: Sequence[Row]) -> bool:
-    """Whether every label is a list of 0s and 1s of one length, one for each name of the config."""
-    lists = [row.label for row in rows if isinstance(row.label, list)]
-    sizes = {len(one) for one in lists}
-    hot = len(lists) == len(rows) and len(sizes) == 1 and max(sizes) > 1 and all(
-        type(value) in (int, bool) and value in (0, 1) for one in lists for value in one)
-    if hot and len(task.labels) != max(sizes):
-        raise UserError(f'{rows[0].where}: the labels are lists of {max(sizes)} 0s and 1s, one for each name; '
-                        f'--config.task.labels=(...) gives the {max(sizes)} names, or write the names themselves.')
-    return hot
+        return read(row)
+    except ValueError as error:
+        raise UserError(f'{row.where}: {error}.') from error
 
 
 def _checked(task: Task, problem: Callable[[Row], str]) -> Task:
@@ -195,13 +171,6 @@ def _checked(task: Task, problem: Callable[[Row], str]) -> Task:
             notes += (f'{found}, so {split} is predicted, not scored',)
             splits[split] = [dataclasses.replace(row, label=None) for row in rows]
     return dataclasses.replace(task, splits=splits, notes=notes)
-
-
-def empty_texts(task: Task) -> Task:
-    """The task, with a note of how many of its texts are empty."""
-    counts = {split: sum(not row.text.strip() for row in rows) for split, rows in task.splits.items()}
-    said = ', '.join(f'{count:,} of {len(task.splits[split]):,} {split}' for split, count in counts.items() if count)
-    return dataclasses.replace(task, notes=(*task.notes, f'{said} texts are empty')) if said else task
 
 
 def _labels_as(task: Task, made: Callable[[Row], Any], labels: tuple[str, ...] = ()) -> Task:
@@ -241,7 +210,8 @@ def label_ids(task: Task, rows: Sequence[Row]) -> np.ndarray:
         return np.array([row.label or 0.0 for row in rows], np.float32)
     if task.kind == 'multilabel':
         return np.array([[name in (row.label or ()) for name in task.labels] for row in rows], np.float32)
-    return np.array([task.labels.index(row.label) if row.label is not None else 0 for row in rows], np.int32)
+    number = {name: number for number, name in enumerate(task.labels)} | {None: 0}
+    return np.array([number[row.label] for row in rows], np.int32)
 
 
 def decode(task: Task, rows: Sequence[Row], data: encoded.Encoded, outputs: dict[str, np.ndarray]
@@ -281,8 +251,8 @@ def baseline(task: Task, rows: Sequence[Row]) -> dict[str, float]:
     most = {'majority_accuracy': float(np.mean([label == common for label in truth]))}
     if task.kind == 'multilabel':
         return most
-    of_length = {length: _most_common(labels) for length, labels in by_length.items()}
-    guesses = [task.labels.index(of_length.get(_length(row), common)) for row in rows]
+    of_length = {length: task.labels.index(_most_common(found)) for length, found in by_length.items()}
+    guesses = [of_length.get(_length(row), task.labels.index(common)) for row in rows]
     lengths = scores.classification(np.eye(len(task.labels))[guesses], label_ids(task, rows), task.labels)
     most |= {f'length_{name}': lengths[name] for name in ('accuracy', 'matthews', 'f1', 'f1_macro') if name in lengths}
     if len(task.labels) == 2:
@@ -296,8 +266,8 @@ def _length(row: Row) -> int:
     return len(row.text.split()) - len((row.pair or '').split())
 
 
-def _most_common(labels: Sequence[Any]) -> Any:
-    return Counter(labels).most_common(1)[0][0]
+def _most_common(found: Sequence[Any]) -> Any:
+    return Counter(found).most_common(1)[0][0]
 
 
 def labelled(rows: Sequence[Row]) -> bool:
@@ -308,16 +278,14 @@ def labelled(rows: Sequence[Row]) -> bool:
 def files(task: Task, split: str, rows: Sequence[Row], predictions: list[dict[str, Any]]) -> dict[str, str]:
     """One TSV: a row's number and place, what is predicted, the label given if any, the text, each label's probability.
     """
-    out = io.StringIO()
-    writer = csv.writer(out, delimiter='\t', lineterminator='\n')
     pairs = any(row.pair is not None for row in rows)
-    writer.writerow(('index', 'where', 'prediction', 'label', 'text', *(['text_pair'] if pairs else []),
-                     *(f'p({label})' for label in task.labels)))
+    lines = [('index', 'where', 'prediction', 'label', 'text', *(['text_pair'] if pairs else []),
+              *(f'p({label})' for label in task.labels))]
     for number, (row, found) in enumerate(zip(rows, predictions)):
         said = next(found[name] for name in ('label', 'labels', 'value') if name in found)
-        writer.writerow((number, row.where, _written(said), _written(row.label), row.text,
-                         *([row.pair] if pairs else []), *(f'{p:.6f}' for p in found.get('scores', {}).values())))
-    return {f'predictions_{split}.tsv': out.getvalue()}
+        lines.append((number, row.where, _written(said), _written(row.label), row.text,
+                      *([row.pair] if pairs else []), *(f'{p:.6f}' for p in found.get('scores', {}).values())))
+    return {f'predictions_{split}.tsv': tables.as_tsv(lines)}
 
 
 def _written(label: Any) -> str:
