@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from seqeval.metrics.sequence_labeling import get_entities
+from transformers import TokenClassificationPipeline
 
 from bert_jax import cli
 from bert_jax.cli import UserError
@@ -31,6 +32,30 @@ def test_entities_of_every_scheme_are_seqevals():
     (['B-PER', 'M-PER', 'E-PER', 'S-PER'], ['B-PER', 'I-PER', 'E-PER', 'S-PER']), (['PER', 'PER', 'LOC', 'O'], ['B-PER', 'I-PER', 'B-LOC', 'O'])])
 def test_other_ways_to_write_tags(given, meant):
     assert spans(tags.entities('abcd', given)) == get_entities(meant)
+
+
+def test_random_sequences_of_every_scheme_are_seqevals():
+    """Longer ones, of BILOU, BMES and prefixes with _ too, which are seqeval's S- and E- under other letters."""
+    rng = np.random.default_rng(0)
+    for prefixes in ('I', 'BI', 'BIES', 'BILU', 'BMES'):
+        for join in '-_':
+            every = ['O', *(f'{prefix}{join}{kind}' for prefix in prefixes for kind in ('PER', 'X-Y', 'a_b'))]
+            for _ in range(300):
+                found = rng.choice(every, rng.integers(0, 13)).tolist()
+                letters = str.maketrans('LUM', 'ESI')
+                meant = [tag if tag == 'O' else f'{tag[0].translate(letters)}-{tag[2:]}' for tag in found]
+                assert spans(tags.entities(['w'] * len(found), found, every)) == get_entities(meant), found
+
+
+def test_labels_without_a_prefix_beside_those_with_one():
+    """X and [CLS] beside B- and I- are types of their own: each label as transformers' pipeline reads it."""
+    labels = ('O', 'B-PER', 'I-PER', 'X', '[CLS]')
+    for sequence in itertools.product(labels, repeat=4):
+        meant = ['-'.join(TokenClassificationPipeline.get_tag(None, tag)) if tag != 'O' else 'O' for tag in sequence]
+        assert spans(tags.entities('wwww', sequence, labels)) == get_entities(meant), sequence
+    kinds = [entity['type'] for entity in tags.entities('abc', ['E_MAIL', 'PHONE', 'O'], ('O', 'E_MAIL', 'PHONE'))]
+    assert kinds == ['E_MAIL', 'PHONE']  # no scheme: a type that only looks like one
+    assert spans(tags.entities('abc', ['B-PER', 'I-PER', 'X'], ('B-PER', 'I-PER', 'X'))) == [('PER', 0, 1)]
 
 
 @pytest.mark.parametrize('labels', [('NN', 'VB', 'S'), ('LABEL_0', 'LABEL_1', 'LABEL_2'), ('O', 'PER', 'B'), ('O',), ('B_PER', 'O', 'I_PER')])
@@ -82,14 +107,33 @@ def test_a_word_a_row_without_such_a_column_is_refused(tmp_path):
     assert len(tasks.read(settings.pop('name'), settings).splits['train']) == 3
 
 
-def seconds(count):
+def test_lists_of_one_word_are_sentences_of_one_word(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"words": ["Rome"], "tags": ["B-LOC"]}\n{"words": ["Yes"], "tags": ["O"]}\n')
+    found = tags.read(str(tmp_path / 'a.jsonl'), '', '', 'iob2')
+    assert [(s.words, s.tags) for s in found] == [(('Rome',), ('B-LOC',)), (('Yes',), ('O',))]
+    assert tasks.read_inputs(str(tmp_path / 'a.jsonl'), 'tagging', {})[0][1].words == ('Yes',)
+
+
+def test_predict_reads_a_sentence_a_row_after_training_on_a_word_a_row(tmp_path):
+    """The new table has no column of the sentence: it needs none."""
+    (tmp_path / 'new.csv').write_text('Word\nAnna sings in Rome\nYes\n')
+    settings = {'name': 'tagging', 'word_column': 'Word', 'tag_column': 'Tag', 'sentence_column': 'which'}
+    found, _ = tasks.read_inputs(str(tmp_path / 'new.csv'), 'tagging', settings)
+    assert [s.words for s in found] == [('Anna', 'sings', 'in', 'Rome'), ('Yes',)]
+    both, _ = tasks.read_inputs(word_a_row(tmp_path / 'w.csv', 'which'), 'tagging', settings)
+    assert [len(s.words) for s in both] == [4, 3, 1]
+
+
+def seconds(sentences, words):
     tokenizer = type('Words', (), {'cls_id': 0, 'sep_id': 1, 'unk_id': 2, 'pad_id': 0, 'encode': lambda self, word: [3]})()
-    rows = [tags.Sentence(('w',) * count, ('O',) * count, 0, 'f:1')]
+    rows = [tags.Sentence(('w',) * words, ('O',) * words, 0, 'f:1')] * sentences
+    task = Task('tagging', {}, ('O', 'B-X'), settings={'document_context': sentences > 1})
     start = time.process_time()
-    tags.encode(Task('tagging', {}, ('O', 'B-X')), rows, tokenizer, 32, (32,))
+    tags.encode(task, rows, tokenizer, 32, (32,))
     return time.process_time() - start
 
 
-def test_a_long_sentence_takes_as_long_as_its_words():
+@pytest.mark.parametrize('small, large', [((1, 4_000), (1, 16_000)), ((800, 5), (3_200, 5))])
+def test_long_sentences_and_documents_take_as_long_as_their_words(small, large):
     """Four times the words: sixteen times as long by a reader that goes over all of them for each window."""
-    assert min(seconds(16_000) for _ in range(3)) < 9 * min(seconds(4_000) for _ in range(3))
+    assert min(seconds(*large) for _ in range(3)) < 9 * min(seconds(*small) for _ in range(3))

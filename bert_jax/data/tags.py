@@ -105,13 +105,13 @@ def _sentence_column(file: str, rows: Rows, word_column: str, given: str) -> str
     if given:
         tables.column(rows[0][0] if rows else file, rows[0][1] if rows else {}, given)
         return given
-    if len(rows) < 2 or any(len(words) > 1 for _, _, words, _ in rows):
+    if len(rows) < 2 or any(len(words) > 1 or isinstance(record[word_column], list) for _, record, words, _ in rows):
         return ''
     names = [name for name in rows[0][1] if name != word_column]
     found = next((name for name in names if re.sub('[^a-z]', '', name.lower()) in SENTENCE_COLUMNS), '')
     if not found:
         raise UserError(f'{file}: a word a row, and no column says of which sentence; --config.task.sentence_column '
-                        f'names it (there are: {", ".join(names)}), or write a sentence a row.')
+                        f'names it (there are: {", ".join(names)}). Sentences of one word are read as lists (.jsonl).')
     cli.note(f'{file}: a word a row; the column {found!r} says of which sentence.')
     return found
 
@@ -355,8 +355,8 @@ LIKE_SEQEVAL = str.maketrans('LUM', 'ESI')
 def entities(words: Sequence[str], tags: Sequence[str], labels: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Entities as seqeval (conlleval) reads them, of any scheme: IOB1, IOB2, IOBES, BILOU, BMES, also broken ones.
 
-    Where the labels have no prefixes but an O, runs of equal type are entities; without an O (parts of speech, LABEL_0)
-    there are none.
+    Where no label begins with B or I and some have no prefix, runs of equal type are entities. Labels without a prefix
+    are types of their own where there is an O (X beside B- and I-); else (parts of speech, LABEL_0) they are none.
 
     Args:
       words, tags: of one sentence.
@@ -365,14 +365,17 @@ def entities(words: Sequence[str], tags: Sequence[str], labels: Sequence[str] = 
     from seqeval.metrics.sequence_labeling import get_entities
 
     labels = set(labels or tags)
-    if all(PREFIXED.fullmatch(label) for label in labels - {'O'}):
-        tags = [tag if tag == 'O' else f'{tag[0].translate(LIKE_SEQEVAL)}-{tag[2:]}' for tag in tags]
-    elif 'O' in labels:
-        tags = [tag if tag == 'O' else f'I-{tag}' for tag in tags]
-    else:
-        return []
+    prefixed = {label for label in labels if PREFIXED.fullmatch(label)}
+    if not (prefixed == labels - {'O'} or any(label[0] in 'BI' for label in prefixed)):
+        prefixed = set()  # E_MAIL beside PHONE is a type
+
+    def like_seqeval(tag: str) -> str:
+        if tag in prefixed:
+            return f'{tag[0].translate(LIKE_SEQEVAL)}-{tag[2:]}'
+        return f'I-{tag}' if tag != 'O' and 'O' in labels else 'O'
+
     return [{'type': kind, 'begin': begin, 'end': end + 1, 'text': ' '.join(words[begin:end + 1])}
-            for kind, begin, end in get_entities(list(tags))]
+            for kind, begin, end in get_entities([*map(like_seqeval, tags)])]
 
 
 def score(task: Task, rows: Sequence[Sentence], outputs: dict[str, np.ndarray], predictions: list[dict[str, Any]]

@@ -275,7 +275,8 @@ def _read_columns(file: str, module: Any, settings: dict[str, Any]) -> list[Any]
         words = column('word_column', 'words', 'tokens')
         if words not in known and file.lower().endswith('.tsv'):  # a word a line
             return tags.read(file, *_numbers(settings), 'iob2', labelled=False)
-        return tags.read(file, words, '', 'iob2', labelled=False, sentence_column=settings.get('sentence_column', ''))
+        sentence = settings.get('sentence_column', '')
+        return tags.read(file, words, '', 'iob2', labelled=False, sentence_column=sentence if sentence in known else '')
     if module is choices:
         several = settings.get('choice_columns', ())
         columns = {'context_column': column('context_column', 'context'),
