@@ -1,15 +1,18 @@
 """Questions on long passages; SQuAD's two sets of rules."""
 
 import collections
+import json
 import re
 import string
 import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from bert_jax import scores
-from bert_jax.data import spans
+from bert_jax import cli, scores
+from bert_jax.cli import UserError
+from bert_jax.data import spans, tasks
 from bert_jax.data.task import Task
 
 SETTINGS = {'stride': 128, 'max_query_length': 64}
@@ -38,6 +41,32 @@ def seconds(words):
 def test_a_long_passage_takes_as_long_as_its_words():
     """Four times the words: sixteen times as long by a reader that compares each window with all."""
     assert min(seconds(32_000) for _ in range(2)) < 9 * min(seconds(8_000) for _ in range(3))
+
+
+@pytest.mark.parametrize('blank, start', [('', 0), ('', -1), (' ', 3), (' \n', 0)])
+def test_an_answer_of_white_space_is_none(blank, start, tmp_path, capsys):
+    """Of a SQuAD file and of a table; tasks without unanswerable questions refuse it, as a question without answers."""
+    passage = 'who she is'
+    none, she = {'text': blank, 'answer_start': start}, {'text': 'she', 'answer_start': 4}
+    file = str(tmp_path / 'a.json')
+    (tmp_path / 'a.json').write_text(json.dumps({'data': [{'paragraphs': [{'context': passage, 'qas': [
+        {'id': str(i), 'question': 'q', 'answers': answers} for i, answers in enumerate([[none], [none, she]])]}]}]}))
+    assert [question.answers for question in spans.read(file)] == [(), (('she', 4),)]
+    assert capsys.readouterr().err.count('2 answers are empty or white space alone, and count as none.') == 1
+    (tmp_path / 'a.jsonl').write_text('\n'.join(
+        json.dumps({'question': 'q', 'passage': passage, 'answer': answer}) for answer in (blank, 'she', None)))
+    assert [question.answers for question in spans.read(str(tmp_path / 'a.jsonl'))] == [(), (('she', 4),), ()]
+    settings = cli.load_config(f'{ROOT}/configs/finetune.py:squad1', [
+        f'--config.task.{key}={file}' for key in ('train_file', 'dev_file')]).task.to_dict()
+    with pytest.raises(UserError, match='question 0: a question without an answer; give --config.task.null_answers'):
+        tasks.read(settings.pop('name'), settings)
+
+
+def test_an_answer_is_not_counted_from_the_end_of_its_passage(tmp_path):
+    (tmp_path / 'a.json').write_text(json.dumps({'data': [{'paragraphs': [{'context': 'a b c', 'qas': [
+        {'id': '1', 'question': 'q', 'answers': [{'text': 'b', 'answer_start': -3}]}]}]}]}))
+    with pytest.raises(UserError, match="question 1: the answer 'b' is not in the passage at -3"):
+        spans.read(str(tmp_path / 'a.json'))
 
 
 def normalized(text):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import scores
+from bert_jax import cli, scores
 from bert_jax.cli import UserError
 from bert_jax.data import encoded, tables
 from bert_jax.data.task import Task
@@ -49,7 +49,7 @@ def read(file: str, labelled: bool = True, **columns: str) -> list[Question]:
     Args:
       file: its path.
       labelled: whether answers are known; else none is looked for.
-      columns: of a table, question_column, passage_column, answer_column (null or nothing where there is none), and
+      columns: of a table, question_column, passage_column, answer_column (null or white space where there is none), and
         answer_start_column and id_column, which may be missing under their own names; without names they are called
         as they are here.
 
@@ -60,13 +60,18 @@ def read(file: str, labelled: bool = True, **columns: str) -> list[Question]:
     questions = list(_squad(file, labelled) if file.endswith('.json') else _from_table(file, labelled, **columns))
     if not questions:
         raise UserError(f'{file}: no questions in it.')
+    blank = sum(not text.strip() for question in questions for text, _ in question.answers)
+    if blank:
+        cli.note(f'{file}: {blank:,} answers are empty or white space alone, and count as none.')
+        questions = [dataclasses.replace(question, answers=tuple(
+            answer for answer in question.answers if answer[0].strip())) for question in questions]
     seen = set()
     for question in questions:
         if question.id in seen:
             raise UserError(f'{question.where}: the id {question.id} stands twice.')
         seen.add(question.id)
         for text, start in question.answers:
-            if question.passage[start:start + len(text)] != text:
+            if start < 0 or question.passage[start:start + len(text)] != text:
                 raise UserError(f'{question.where}: the answer {text!r} is not in the passage at {start}.')
     return questions
 
@@ -104,7 +109,7 @@ def _from_table(file: str, labelled: bool, *, question_column: str = 'question',
         if answer is not None and not isinstance(answer, str):
             raise UserError(f'{where}: the answer {answer!r} is not a text.')
         answers = ()
-        if answer:
+        if answer and answer.strip():
             start = passage.find(answer) if start in (None, '') else tables.whole(where, answer_start_column, start)
             if start < 0:
                 raise UserError(f'{where}: the answer {answer!r} is not in the passage.')
