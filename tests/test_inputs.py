@@ -121,10 +121,12 @@ def pairs_of(file, settings):
     return [(row.text, row.pair) for row in rows]
 
 
-def test_pairs_are_read_where_the_model_was_trained_on_pairs(tmp_path):
+def test_pairs_are_read_where_the_model_was_trained_on_pairs(tmp_path, capsys):
     own = {'name': 'classification', 'text_column': 'text', 'text_pair_column': ''}
     file = write(tmp_path / 'a.csv', 'text,text_pair\na,b\n')
-    assert pairs_of(file, own) == pairs_of(file, {'name': 'cola'}) == [('a', None)]
+    assert pairs_of(file, own) == [('a', None)] and 'text_pair is not read' in capsys.readouterr().err
+    for other in (own | {'text_column': 'body'}, {'name': 'cola'}):  # the file has predict's own columns, not the run's
+        assert pairs_of(file, other) == [('a', 'b')] and 'text_pair is read too' in capsys.readouterr().err
     assert pairs_of(file, own | {'text_pair_column': 'text_pair'}) == pairs_of(file, {'name': 'rte'}) == pairs_of(file, {}) == [('a', 'b')]
     mixed = write(tmp_path / 'a.jsonl', '{"text": "a"}\n{"text": "b", "text_pair": "c"}\n{"text": "d", "text_pair": null}\n')
     assert pairs_of(mixed, {}) == [('a', None), ('b', 'c'), ('d', None)]  # no task says

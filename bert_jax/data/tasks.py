@@ -283,9 +283,15 @@ def _read_columns(file: str, module: Any, settings: dict[str, Any]) -> list[Any]
                    'choice_columns': several if several and set(several) <= set(known) else ('choices',)}
         form = settings.get('format', 'plain')
         return choices.read(file, form, labelled=False, **(columns if form == 'plain' else {}))
-    text, pair = glue.columns(settings.get('name', ''))[0], _pair_column(settings)
+    text, pair = glue.columns(settings.get('name', ''))[0] or settings.get('text_column', ''), _pair_column(settings)
+    single = pair == '' and 'text_pair' in known
     if pair:
         pair = next((name for name in (pair, 'text_pair') if name in known), pair)
+    elif single and text not in known:  # not laid out as the run's table: as predict says
+        pair = None
+    if single:
+        cli.note(f'{tables.shown(file)}: text_pair is {"read too" if pair is None else "not read"}; the model was '
+                 'fine-tuned on single texts.')
     return texts.read(file, column('text_column', *filter(None, (text,)), 'text'), pair, '', labelled=False)
 
 
