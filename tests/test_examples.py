@@ -233,7 +233,7 @@ def test_held_out_batches_are_exact_and_fixed(store):
 
 
 def test_draws_are_the_published_mixers():
-    """SplitMix64's published outputs for the seed 1234567; both mixers in Python's own integers; no draw may ever change."""
+    """SplitMix64's published outputs for seed 1234567; both mixers in Python's integers; no draw may ever change."""
     state, first = 1234567, []
     for _ in range(3):
         first.append(int(draws.bits64(state)[0]))
@@ -264,7 +264,8 @@ def test_draws_are_the_published_mixers():
     keys, columns = rng.integers(0, 2**64, (3, 20), np.uint64), np.arange(0, 60, 3)
     assert draws.bits64(*keys).tolist() == [bits64(*map(int, one)) for one in keys.T]
     for stream in (0, 2):
-        assert draws.bits32(keys[0], columns, stream).tolist() == [bits32(int(a), int(b), stream) for a, b in zip(keys[0], columns)]
+        expected = [bits32(int(key), int(column), stream) for key, column in zip(keys[0], columns)]
+        assert draws.bits32(keys[0], columns, stream).tolist() == expected
     assert draws.permutation(9, 4, 2).tolist() == sorted(range(9), key=lambda i: bits64(4, 2, i))
     assert draws.below(keys[0], 1000).tolist() == [int(key) // 2**32 * 1000 // 2**32 for key in keys[0]]
     ends = np.array([0, 2**64 - 1], np.uint64)
@@ -288,7 +289,8 @@ def test_examples_against_a_plain_loop(store):
             assert batch['input_mask'][i].tolist() == [1] * n + rest
             assert batch['segment_ids'][i].tolist() == [0] * len(first) + [1] * len(second) + rest
             assert batch['position_ids'][i].tolist() == list(range(48))
-            assert candidates[i].tolist() == [False, *[True] * len(a), False, *([True] * len(b) + [False] if b else []), *map(bool, rest)]
+            may_be = [False, *[True] * len(a), False, *[True] * len(b), *[False] * bool(b)]
+            assert candidates[i].tolist() == may_be + [False] * len(rest)
             assert batch['cls_positions'][i] == 0 and batch['next_sentence_labels'][i] == row['label']
             assert batch['next_sentence_weights'][i] == bool(b)
         assert {name: array.dtype.name for name, array in batch.items()} == {
@@ -296,7 +298,7 @@ def test_examples_against_a_plain_loop(store):
 
 
 def test_masks_depend_on_seed_epoch_length_and_row(store):
-    """Examples of equal tokens: any two rows, epochs, seeds or lengths choose their places, and what stands there, apart."""
+    """Of equal tokens: two rows, epochs, seeds or lengths choose their places, and what stands there, apart."""
     tokens = np.full(24_000, store.tokenizer.regular_ids[0], np.uint16)
     split = Split(tokens, np.full(400, 60, np.uint16), np.full(2, 200, np.uint32))
 
