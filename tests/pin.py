@@ -125,8 +125,8 @@ def evaluation():
     model, data = classifier(), labelled()
     params, step = parameters(model, data.make(np.arange(1), 1)), evaluate.make_eval_step(model, mesh)
     outputs, loss = evaluate.predict(lambda batch: step(params, batch), data, B, 'classification')
-    return [*(found[name] for name in ('mlm/loss', 'mlm/accuracy', 'nsp/loss', 'nsp/accuracy')), loss,
-            *np.asarray(outputs['logits'], np.float64).std(0).tolist()]
+    return [[found[name] for name in ('mlm/loss', 'mlm/accuracy', 'nsp/loss', 'nsp/accuracy')],
+            [loss, *np.asarray(outputs['logits'], np.float64).std(0).tolist()]]
 
 
 RUNS = {'pretraining': lambda: pretraining(0), 'pretraining_packed': lambda: pretraining(2), 'fine_tuning': fine_tuning,

@@ -60,6 +60,7 @@ def test_what_a_step_computes_with_dropout_on(packed, accumulation):
     model = models.build('model.embeddings.dropout_rate=0.2', 'model.encoder.attention_dropout_rate=0.4',
                          'model.encoder.unroll=1')
     example = models.packed_batch() if packed else models.batch()
+    example['input_ids'][0, 1] = example['masked_lm_ids'][0, 0] = models.V - 1  # the vocabulary's last
     example['next_sentence_weights'] *= (np.arange(8) % 3 > 0)[:, None]
     params = models.random_params(model, example, scale=0.1)
     ((state, found, sites),) = one_step(model, params, example, accumulation=accumulation)
@@ -242,5 +243,5 @@ def test_a_number_that_is_not_finite_names_its_own_step(bad, term):
 
     with pytest.raises(train.Diverged, match=r'step 7 \(batch number 6\): the last good checkpoint is step 4'):
         train.fit(train.TrainState(np.int32(0), {}, {}), step, iter(range(12)), num_steps=12, log_every=4, save_every=4,
-                  eval_every=4, evaluators={}, checkpoints=record, writer=Record(), hyper=lambda _: {'learning_rate': 0},
-                  rates=lambda *_: {'share': 0})
+                  eval_every=4, evaluators={}, checkpoints=record, writer=Record(),
+                  hyper=lambda _: {'learning_rate': 0}, rates=lambda *_: {'share': 0})
