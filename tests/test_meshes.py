@@ -168,7 +168,11 @@ def test_how_every_parameter_lies_on_a_mesh():
             name: (batch, *spec) for name, spec in whole.items()}
         assert tuple(partition.batch_sharding(mesh).spec) == (batch,) and tuple(partition.replicated(mesh).spec) == ()
         assert tuple(partition.micro_batch_sharding(mesh).spec) == (None, batch)
-        assert partition.data_devices(mesh) == (4, 8)[column]
+
+
+def test_the_batch_is_cut_by_slice_data_and_fsdp():
+    mesh = jax.sharding.AbstractMesh((2, 3, 5, 7), partition.AXES)
+    assert partition.data_devices(mesh) == 2 * 3 * 5
 
 
 def test_what_tensor_does_not_divide_is_named():
