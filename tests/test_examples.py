@@ -102,6 +102,22 @@ def test_the_number_of_predictions(length, most):
     assert masking.max_predictions(length, 0.15) == most
 
 
+@pytest.mark.parametrize('length, rate, counts', [
+    (128, 0.15, {3: 1, 5: 1, 9: 1, 11: 2, 23: 3, 24: 4, 127: 19, 128: 19}), (512, 0.15, {512: 77}),
+    (20, 0.4, {3: 1, 9: 4, 20: 8}), (40, 0.01, {3: 1, 40: 1})])
+def test_how_many_places_are_predicted(length, rate, counts):
+    """The nearest whole number to the share of an example's tokens, 1 at least, written down."""
+    assert masking.num_predictions(np.array(list(counts)), length, rate).tolist() == list(counts.values())
+
+
+def test_plans_of_old_epochs_are_forgotten(store):
+    """The first, the one before and the present one are kept, whatever the number of epochs."""
+    source = make(store, packed=1)
+    for epoch in range(6):
+        source.make(epoch, np.arange(4))
+    assert sorted(source._cache) == [(what, epoch) for what in ('plan', 'rows') for epoch in (0, 4, 5)]
+
+
 def test_a_batch_is_a_pure_function_of_the_step(store):
     a, b = make(store), make(store)
     b.batch(900, 8)                                           # history does not matter
