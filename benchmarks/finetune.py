@@ -99,7 +99,7 @@ def ours(args):
         return state
 
     scores, finetune.train.fit = {}, timed
-    job = finetune.Job(config)
+    job = finetune.Job(config, finetune.read_task(config))
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, 'w') as nowhere:
         checkpoints = type('NoCheckpoints', (), {'save': lambda *a, **k: None, 'wait': lambda *a: None})()
         stdout, sys.stdout = sys.stdout, nowhere

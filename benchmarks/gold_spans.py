@@ -36,7 +36,7 @@ def main():
 
 def recovered(question, places):
     """The passage from the first to the last token of the answer."""
-    first, last = spans.token_span(question, places)
+    first, last = spans.token_span(question, spans.Bounds(places))
     return question.passage[places[first][0]:places[last][1]]
 
 

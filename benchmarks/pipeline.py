@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 
-from bert_jax import cli, pretrain
-from bert_jax.data import batches, plan, store
+from bert_jax import cli
+from bert_jax.data import batches, examples, plan, store
 
 LEAST = 50  # batches, fewer say nothing
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,7 +31,7 @@ def main():
     for length, steps in ((128, 600), (512, 250)):
         for option in ('', ',whole_word', ',no_nsp', ',packed', ',whole_word,packed', ',no_nsp,packed'):
             config = cli.load_config(f'{ROOT}/configs/pretrain.py:base{option}', [])
-            source = pretrain.make_examples(config, data.train, data, 0, length, config.packed)
+            source = examples.mixed([data.train], data.tokenizer, 0, length, **config.examples)
             start = time.perf_counter()
             size = source.epoch_size
             planning = time.perf_counter() - start

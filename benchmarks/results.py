@@ -29,7 +29,7 @@ PRETRAINING = {
            ['python', '-m', 'bert_jax.prepare', '--input', '"$DATA/pretrain/en_wiki/*.txt"', '--tokenizer', f'runs/vocab_{name}',
             '--output', f'runs/store_{name}'],
            ['python', '-m', 'bert_jax.pretrain', '--config', 'configs/pretrain.py:mini', f'--config.store=runs/store_{name}', *more,
-            f'"--config.phases={PHASES[name]}"', '--config.mask_rate=0.4', *schedule,
+            f'"--config.phases={PHASES[name]}"', '--config.examples.mask_rate=0.4', *schedule,
             '--config.model.embeddings.dropout_rate=0.0', '--config.eval_every=1000', '--config.eval_examples=2048', '--workdir', f'runs/{name}']]
     for name, lower, more, schedule in (
         ('mini', ['--lowercase', '--strip_accents'], [], ['--config.schedule.peak=6e-4', '--config.schedule.warmup_share=0.2']),

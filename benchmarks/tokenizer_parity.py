@@ -27,7 +27,8 @@ WRITTEN_OUT = 'a special token written out'  # kept whole there; text like any o
 def explain(text, lower):
     """The classes of difference that a text has reason to show; none: both must agree."""
     reasons = {_why(character, lower) for character in text} - {''}
-    if not lower and unicodedata.normalize('NFC', text) != text:
+    cleaned = ''.join(character for character in text if unicodedata.category(character)[0] != 'C')
+    if not lower and unicodedata.normalize('NFC', cleaned) != cleaned:
         reasons.add(NFC)
     if any(special in text for special in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')):
         reasons.add(WRITTEN_OUT)

@@ -53,7 +53,7 @@ def main():
     parser.add_argument('--side', help=argparse.SUPPRESS)
     args, config = cli.parse_with_config(parser)
     config.model.encoder.activation = 'gelu'
-    config.packed = max(1, config.packed) if args.side == 'packed' else 0
+    config.examples.pack_lengths = max(1, config.examples.pack_lengths) if args.side == 'packed' else 0
     if args.side in ('ours_xla', 'ours_cudnn'):
         config.model.encoder.attention = args.side.removeprefix('ours_')
     if args.side:
@@ -137,17 +137,16 @@ def batches(args, config):
     import numpy as np
 
     if args.store:
-        from bert_jax import pretrain
-        from bert_jax.data import store
+        from bert_jax.data import examples, store
 
         data = store.load(args.store)
         config.model.embeddings.vocab_size = data.tokenizer.vocab_size
-        source = pretrain.make_examples(config, data.train, data, 0, args.length, config.packed)
+        source = examples.mixed([data.train], data.tokenizer, 0, args.length, **config.examples)
         made = [source.batch(step, args.batch_size) for step in range(8)]
     else:
         config.model.embeddings.vocab_size = VOCAB_SIZE
         rng, rows = np.random.default_rng(0), args.batch_size
-        shape, predictions = (rows, args.length), int(np.ceil(config.mask_rate * args.length))
+        shape, predictions = (rows, args.length), int(np.ceil(config.examples.mask_rate * args.length))
         positions = np.sort(np.stack([rng.permutation(args.length - 2)[:predictions] + 1 for _ in range(rows)]), 1)
         made = [{
             'input_ids': rng.integers(1000, VOCAB_SIZE, shape).astype(np.int32), 'input_mask': np.ones(shape, np.int32),

@@ -14,6 +14,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from bert_jax import renamed
+
 RESTART = 75  # exit code: nothing is wrong, the same command goes on (EX_TEMPFAIL)
 
 
@@ -50,16 +52,20 @@ def choose(kind: str, registry: dict[str, Any], name: str) -> Any:
     return registry[name]
 
 
+BELOW_ONE = math.nextafter(1, 0)
 RANGES = {'seed': (0, 2**32 - 1), 'log_every': (1, math.inf), 'keep_checkpoints': (1, math.inf),  # of every config
-          'accumulation': (1, math.inf), 'schedule.peak': (0, math.inf), 'schedule.warmup_share': (0, 1)}
+          'accumulation': (1, math.inf), 'schedule.peak': (0, math.inf), 'schedule.warmup_share': (0, 1),
+          'optimizer.b1': (0, BELOW_ONE), 'optimizer.b2': (0, BELOW_ONE), 'optimizer.eps': (1e-37, math.inf),
+          'optimizer.weight_decay': (0, math.inf), 'optimizer.clip_norm': (0, math.inf)}
 
 
 def check_ranges(config: ConfigDict, ranges: dict[str, tuple[float, float]]) -> None:
     """Refuses numbers of a config, by their keys, that are outside [lowest, highest]."""
     for key, (lowest, highest) in ranges.items():
         value = functools.reduce(lambda node, part: node[part], key.split('.'), config)
-        if not lowest <= value <= highest:
+        if not lowest <= value <= highest or math.isinf(value):
             expected = f'{lowest:g} or more' if highest == math.inf else f'{lowest:g} to {highest:g}'
+            expected = f'{lowest:g} or more, and less than 1,' if highest == BELOW_ONE else expected
             raise UserError(f'--config.{key}={value}: {expected} is expected.')
 
 
@@ -96,9 +102,11 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
         key, separator, _ = override.removeprefix('--config.').partition('=')
         if not separator:
             raise UserError(f'Override {override} has no value; write {override}=VALUE.')
-        if key not in known:
+        if renamed.override(key, known) not in known:
             raise unknown('config key', key, known)
-    return _evaluate(path, list({one.partition('=')[0]: one for one in overrides}.values()))  # the last of each key
+    values = {renamed.override(key.removeprefix('--config.'), known): value  # the last of each key
+              for key, _, value in (override.partition('=') for override in overrides)}
+    return _evaluate(path, [f'--config.{key}={value}' for key, value in values.items()])
 
 
 def _evaluate(path: str, overrides: list[str]) -> ConfigDict:

@@ -122,11 +122,11 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
     known, count = hardware.of(devices[0]), len(devices)
     estimate = compiled.estimate_step(step.program, known, step.mesh)
     encoder, embeddings = config.model.encoder, config.model.embeddings
-    row = length * max(1, config.packed)  # full, with examples of full length: what the program is made for
+    row = length * max(1, config.examples.pack_lengths)  # full, of full examples: what the program is made for
     work = batch_size * flops.sequence_flops(
         num_layers=encoder.num_layers, hidden_size=embeddings.hidden_size, mlp_size=encoder.mlp_size,
         vocab_size=embeddings.vocab_size, tokens=row, squared_tokens=row * length,
-        predictions=masking.max_predictions(row, config.mask_rate))
+        predictions=masking.max_predictions(row, config.examples.mask_rate))
     seconds = estimate['seconds']
     return {
         'device': devices[0].device_kind, 'devices': count, 'chips': count // known.per_chip,

@@ -40,7 +40,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
     """
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
     batch = _shapes(config, batch_size, length)
-    state = train.state_shapes(model, tx, examples.empty(1, length, config.mask_rate, config.packed))
+    state = train.state_shapes(model, tx, examples.empty(1, length, **config.examples))
     mesh = partition.make_mesh(config.mesh, state, devices, config.accumulation)
     examples.check_batch_size(batch_size, partition.data_devices(mesh), config.accumulation)
     step = train.make_train_step(model, tx, mesh, config.accumulation, state)
@@ -55,7 +55,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
 def _shapes(config: ConfigDict, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Of a batch."""
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in examples.empty(
-        rows, length, config.mask_rate, config.packed).items()}
+        rows, length, **config.examples).items()}
 
 
 def _kept(model: models.Model, params: Any, batch: Any) -> int:

@@ -51,9 +51,7 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
     size = pretrained.size_in_bytes(model)
     targets = ', '.join(model.model.targets) or 'none'
     print(f'{source}: {model.about["source"]}; targets: {targets}; {size / 1e6:,.0f} MB.')
-    notes = write_whole(model, folder, form, name or folder.name, licence)
-    for note in notes:
-        cli.note(note)
+    write_whole(model, folder, form, name or folder.name, licence)
     unit = 1 if sys.platform == 'darwin' else 1024  # bytes, KiB
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(f'{target}: written in {time.perf_counter() - start:.1f} s, with at most {memory / 1e9:.1f} GB of memory.')
@@ -61,12 +59,13 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
         print(f'To publish it:  hf upload {name or "YOUR_NAME/" + folder.name} {target}')
 
 
-def write_whole(model: Pretrained, folder: pathlib.Path, form: str, name: str, licence: str) -> list[str]:
-    """Writes beside `folder` and renames at the end; gives the notes of the format."""
+def write_whole(model: Pretrained, folder: pathlib.Path, form: str, name: str, licence: str) -> None:
+    """Writes beside `folder` and renames at the end."""
     with paths.whole_folder(folder) as partial:
         if form == 'hf':
-            return huggingface.write(model, partial, name, licence)
-        return {'tf1': tf1.write, 'workdir': pretrained.write_workdir}[form](model, partial)
+            huggingface.write(model, partial, name, licence)
+        else:
+            {'tf1': tf1.write, 'workdir': pretrained.write_workdir}[form](model, partial)
 
 
 if __name__ == '__main__':

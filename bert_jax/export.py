@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from bert_jax import cli, export_example, huggingface, paths, pretrained
+from bert_jax import cli, export_example, huggingface, paths, pretrained, weights
 from bert_jax.cli import UserError
 from bert_jax.model import model as models
 from bert_jax.model.embeddings import padded_vocab_size
@@ -62,6 +62,10 @@ def export(source: str, lengths: list[int], output: str) -> None:
     positions = model.model.embeddings.max_length
     if lengths[0] < 3 or lengths[-1] > positions:
         raise UserError(f'--lengths {lengths}: from 3 to {positions}, the positions of {source}.')
+    most = weights.max_length(model)
+    if lengths[-1] > most:
+        cli.note(f'{source} was fine-tuned with max_length {most}, which predict reads: longer programs are left out.')
+        lengths = sorted({min(length, most) for length in lengths})
     with paths.whole_folder(folder) as partial:
         _write(model, target, lengths, partial)
     print(f'{output}: {len(lengths)} programs ({", ".join(map(str, lengths))}) for {", ".join(PLATFORMS)}.')
@@ -78,7 +82,8 @@ def _write(model: Pretrained, target: str, lengths: list[int], folder: pathlib.P
         exported = jax_export.export(jax.jit(run), platforms=PLATFORMS)(
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flat), _inputs(target, length))
         (folder / f'program_{length}.bin').write_bytes(exported.serialize())
-    about: dict[str, Any] = {'kind': EXPORTED[target], 'lengths': lengths, 'labels': list(model.labels)}
+    about: dict[str, Any] = {'kind': EXPORTED[target], 'lengths': lengths, 'labels': list(model.labels),
+                             'segments': model.model.embeddings.num_segments}
     about |= {f'{role}_id': getattr(model.tokenizer, f'{role}_id') for role in ('pad', 'cls', 'sep', 'mask')}
     if EXPORTED[target] == 'fill_mask':
         about['pieces'] = model.tokenizer.pieces

@@ -69,6 +69,8 @@ class Exported:
 
     def encode(self, text, other=None):
         """[CLS] A [SEP] (B [SEP]) and the length of its first segment; the longer text gives way where too long."""
+        if other is not None and self.about['segments'] < 2:
+            raise ValueError('This model has one segment, and takes single texts.')
         a, b = self.text_ids(text), [] if other is None else self.text_ids(other)
         budget = max(self.about['lengths']) - (2 if other is None else 3)
         while len(a) + len(b) > budget:

@@ -3,7 +3,8 @@
     python -m bert_jax.features --from W --input texts.txt --output vectors --layers -1
     python -m bert_jax.features --from W --input texts.jsonl --output vectors --layers embeddings,-2,concat4 --pool mean
 
-Texts are one a line (a pair with a tab between), or JSON lines {"text", "text_pair"}. The output is a folder of parts
+Texts are one a line (a pair with a tab between), JSON lines {"text", "text_pair"} or tables, read as predict reads
+them. The output is a folder of parts
 of --part_size texts each; a part appears whole, and a run that was interrupted goes on after the last one.
 
 Layers: embeddings; 1 to N, or -1 (the last), -2, ...; sum4 and concat4 (of the last four). A list that begins with a
@@ -16,6 +17,7 @@ minus needs an equals sign: --layers=-2,-1. In each part, text number i has
 
 import argparse
 import hashlib
+import io
 import json
 import pathlib
 import re
@@ -26,12 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bert_jax import cli, huggingface, paths, predict, pretrained
+from bert_jax import cli, lock, paths, predict, pretrained, tensor_files
 from bert_jax.cli import UserError
-from bert_jax.data import encoded, store, texts
+from bert_jax.data import encoded, store, tasks, texts
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 from bert_jax.model import model as models
+from bert_jax.weights import Pretrained
 
 ENDINGS = {'safetensors': 'safetensors', 'hdf5': 'h5', 'jsonl': 'jsonl'}
 POOLS = ('none', 'cls', 'mean')
@@ -59,47 +62,54 @@ def write(args: argparse.Namespace) -> None:
     """Writes every part that is not there yet.
 
     Raises:
-      UserError: no texts, an unknown layer, a length beyond the positions, a folder of another run.
+      UserError: no texts, an unknown layer, a length beyond the positions, a folder of another run or model.
     """
     if args.batch_size < 1 or args.part_size < 1:
         raise UserError('--batch_size and --part_size: one or more is expected.')
     extract = Extractor(args.source, args.layers.split(','), args.pool, args.max_length)
-    rows = [predict.parsed(texts, 'features', value, where) for where, value in predict.read_inputs(args.input)]
+    rows, _ = tasks.read_inputs(args.input, 'classification', extract.task)
     if not rows:
         raise UserError(f'{args.input}: no texts in it.')
+    predict.say_empty(args.input, rows, 0)
     folder = paths.check_local(args.output, '--output')
     texts_hash = hashlib.sha256(json.dumps([(row.text, row.pair) for row in rows]).encode()).hexdigest()
     settings = {key: value for key, value in vars(args).items() if key not in ('input', 'output', 'batch_size')}
-    _check_run(folder, settings | {'step': extract.step, 'texts': len(rows), 'sha256': texts_hash})
+    if not (folder / 'features.json').exists():
+        paths.check_new(args.output, '--output')
+    about = {'step': extract.step, 'texts': len(rows), 'sha256': texts_hash, 'model': extract.model}
+    try:
+        with lock.hold(folder):
+            _check_run(folder, settings | about)
+            _write_parts(args, extract, rows, folder)
+    except OSError as error:
+        raise store.disk_error(folder, error) from error
+    print(f'{args.output}: {", ".join(extract.layers)} of {len(rows):,} texts.')
+    if extract.truncated:
+        cli.note(f'{extract.truncated:,} of the texts written now were cut to {extract.max_length} tokens.')
+
+
+def _write_parts(args: argparse.Namespace, extract: 'Extractor', rows: list[texts.Row], folder: pathlib.Path) -> None:
     with cli.progress(total=len(rows), unit='text', desc='features') as bar:
         for number, start in enumerate(range(0, len(rows), args.part_size)):
             some = rows[start:start + args.part_size]
             file = folder / f'part-{number:05d}.{ENDINGS[args.format]}'
             if not file.exists():
                 partial = file.with_name(file.name + '.partial')
-                vectors = extract(some, args.batch_size)
-                try:
-                    WRITERS[args.format](partial, start, some, vectors, extract.tokenizer)
-                    partial.replace(file)
-                except OSError as error:
-                    raise store.disk_error(folder, error) from error
+                WRITERS[args.format](partial, start, some, extract(some, args.batch_size), extract.tokenizer)
+                partial.replace(file)
             bar.update(len(some))
-    print(f'{args.output}: {", ".join(extract.layers)} of {len(rows):,} texts.')
-    if extract.truncated:
-        cli.note(f'{extract.truncated:,} of the texts written now were cut to {extract.max_length} tokens.')
 
 
 def _check_run(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     file = folder / 'features.json'
     if file.exists():
         found = paths.read_json(file)
+        found.setdefault('model', settings['model'])  # older versions did not say
         different = [key for key in settings if found.get(key) != settings[key]]
         if different:
             raise UserError(f'{folder}: holds features of other settings ({", ".join(different)}); '
                             'give another --output.')
     else:
-        paths.check_new(str(folder), '--output')
-        folder.mkdir(parents=True, exist_ok=True)
         paths.write_json(file, settings)
 
 
@@ -109,6 +119,8 @@ class Extractor:
     Attributes:
       layers: their names.
       step: of a workdir, the step whose parameters these are.
+      model: a hash of its architecture and parameters.
+      task: the settings of its fine-tuning, {} for none.
       tokenizer: the model's.
       max_length: tokens of a text.
       truncated: texts so far that were longer.
@@ -120,10 +132,11 @@ class Extractor:
         if max_length and not encoded.SHORTEST <= max_length <= positions:
             raise UserError(f'--max_length {max_length}: {encoded.SHORTEST} to {positions}, the positions of {source}.')
         self.layers, self.tokenizer, self.max_length = layers, model.tokenizer, max_length or positions
-        self.step = model.about.get('step')
+        self.step, self.task = model.about.get('step'), model.about.get('config', {}).get('task', {})
+        self.model = _identity(model)
         self.truncated = 0
         combine = {name: _layer(name, count) for name in layers}
-        config = model.model.copy_and_resolve_references()
+        self._config = config = model.model.copy_and_resolve_references()
         config.encoder.layer_outputs, config.targets = ('hidden',), {}
         module, params = models.build(config), {part: model.params[part] for part in ('embeddings', 'encoder')}
 
@@ -142,6 +155,7 @@ class Extractor:
         data = texts.encode(Task('classification', {}), rows, self.tokenizer, self.max_length,
                             predict.lengths(self.max_length))
         self.truncated += data.truncated
+        pretrained.check_segments(self._config, [data])
         found: list[Any] = [None] * len(rows)
         for numbers, batch in data.evaluation_batches(min(batch_size, len(rows))):
             made = jax.device_get(self._run(self._params, batch))
@@ -150,6 +164,16 @@ class Extractor:
                 found[number] = {'ids': batch['input_ids'][row, :size]} | {
                     name: x[row] if self._pooled else x[row, :size] for name, x in made.items()}
         return found
+
+
+def _identity(model: Pretrained) -> str:
+    """A hash of what vectors depend on."""
+    parts = ('embeddings', 'encoder')
+    about = json.dumps([model.model[part].to_dict() for part in parts], default=str, sort_keys=True)
+    digest = hashlib.sha256(about.encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path({part: model.params[part] for part in parts}):
+        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _layer(name: str, count: int) -> Callable[[jax.Array], jax.Array]:
@@ -169,18 +193,20 @@ def _layer(name: str, count: int) -> Callable[[jax.Array], jax.Array]:
 
 def _write_safetensors(file: pathlib.Path, start: int, rows: list[texts.Row], found: list[dict[str, np.ndarray]],
                        tokenizer: Tokenizer) -> None:
-    huggingface.save_tensors({f'{start + i}/{name}': np.ascontiguousarray(x) for i, one in enumerate(found)
-                              for name, x in one.items()}, file)
+    tensor_files.save({f'{start + i}/{name}': np.ascontiguousarray(x) for i, one in enumerate(found)
+                       for name, x in one.items()}, file)
 
 
 def _write_hdf5(file: pathlib.Path, start: int, rows: list[texts.Row], found: list[dict[str, np.ndarray]],
                 tokenizer: Tokenizer) -> None:
     import h5py
 
-    with h5py.File(file, 'w') as out:
+    content = io.BytesIO()  # on a full disk the library itself would end the process
+    with h5py.File(content, 'w') as out:
         for i, one in enumerate(found):
             for name, x in one.items():
                 out[f'{start + i}/{name}'] = x
+    file.write_bytes(content.getbuffer())
 
 
 def _write_jsonl(file: pathlib.Path, start: int, rows: list[texts.Row], found: list[dict[str, np.ndarray]],

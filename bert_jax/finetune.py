@@ -39,7 +39,7 @@ from bert_jax import (
 )
 from bert_jax.cli import UserError, unknown
 from bert_jax.data import batches, encoded, examples, glue, packed, tasks
-from bert_jax.data.task import Task
+from bert_jax.data.task import Task, identity
 from bert_jax.model import model as models
 from bert_jax.model.heads import HEADS
 from bert_jax.weights import Pretrained
@@ -62,6 +62,8 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
     if not config.init_from:
         raise UserError('--config.init_from=W0 is missing: a workdir, a Hugging Face folder or name, or a TF1 folder.')
     cli.check_ranges(config, {'seeds': (1, math.inf)})
+    if str(config.keep_head) not in KEEP_HEAD:
+        raise unknown('value for --config.keep_head', config.keep_head, KEEP_HEAD)
     if config.best.endswith(LOWER_IS_BETTER):
         raise UserError(f'--config.best={config.best}: the highest is kept, so name a score that grows '
                         'with quality.')
@@ -69,16 +71,37 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
     for one in runs:
         cli.check_ranges(one.config, cli.RANGES | RANGES)
     other, what = ('runs', 'several runs') if len(runs) == 1 else ('config.json', 'a single run')
-    if (epath.Path(path) / other).exists():
+    if path and (epath.Path(path) / other).exists():
         raise UserError(f'{path}: holds {what}; give another --workdir.')
     if len(runs) == 1:
-        return run(Job(runs[0].config), runs[0].config, path)
-    return sweep.run_all(config, path, runs, Job, run)
+        workdir.check(path)
+        return run(Job(runs[0].config, read_task(config)), runs[0].config, path)
+    with workdir.opened_sweep(path):
+        task = read_task(config)
+        for one in runs:  # also of those that are finished, and read no data any more
+            with one.config.unlocked():
+                one.config.data = ConfigDict(identity(task))
+        check_sources(runs, task)
+        return sweep.run_all(config, path, runs, functools.partial(Job, task=task), run)
 
 
 LOWER_IS_BETTER = ('loss', 'mse')
+LARGE_BATCH = 1024  # smaller ones may have more places than there are examples
+KEEP_HEAD = ('auto', 'True', 'False')
 RANGES = {'num_lengths': (1, math.inf), 'evals_per_epoch': (1, math.inf), 'epochs': (0.001, math.inf),
           'batch_size': (1, math.inf), 'dropout_rate': (0, 0.99)}
+
+
+def read_task(config: ConfigDict) -> Task:
+    """The task that a config names, read with its settings."""
+    return tasks.read(config.task.name, {key: value for key, value in config.task.items() if key != 'name'})
+
+
+def check_sources(runs: Sequence[sweep.Run], task: Task) -> None:
+    """Refuses a sweep one of whose checkpoints is not there, or does not fit: before the first run, not after it."""
+    sources = {one.config.init_from: one.config for one in runs}
+    for config in sources.values() if len(sources) > 1 else ():
+        describe_model(config, pretrained.load(config.init_from), task)
 
 
 class Job:
@@ -87,6 +110,7 @@ class Job:
     Attributes:
       task, kind: what is learned.
       source: the pre-trained model.
+      frozen: parts of the model that stay as they are.
       encoded: split -> its examples as ids, a row each.
       packed: whether several of them share a row.
       model_config: the checkpoint's embeddings and encoder, this task's target.
@@ -94,20 +118,20 @@ class Job:
       step, eval_step: jitted.
     """
 
-    def __init__(self, config: ConfigDict) -> None:
+    def __init__(self, config: ConfigDict, task: Task) -> None:
+        self.task, self.kind = task, tasks.KINDS[task.kind]
         self.source: Pretrained = pretrained.load(config.init_from)
-        settings = {key: value for key, value in config.task.items() if key != 'name'}
-        self.task: Task = tasks.read(config.task.name, settings)
-        self.kind = tasks.KINDS[self.task.kind]
-        for part in set(config.frozen) - {'embeddings', 'encoder', 'pooler'}:
-            raise unknown('part for --config.frozen', part, ('embeddings', 'encoder', 'pooler'))
-        options = self.kind.options(self.task)
-        frozen = tuple(sorted({*config.frozen, *(('embeddings', 'encoder') if 'features' in options else ())}))
-        self.model_config = describe_model(config, self.source.model, self.kind.target, options, frozen)
+        self.frozen = frozen_parts(config, task)
+        self.model_config = describe_model(config, self.source, task)
         self.mesh = partition.make_mesh(config.mesh)
         self.packed = config.packed and HEADS[self.kind.target].uses_pooled
         self.encoded = self._encode(config)
+        pretrained.check_segments(self.source.model, self.encoded.values())
         self._data: dict[int, dict[str, encoded.Encoded]] = {}
+        most = max(len(self.encoded['train']), LARGE_BATCH)
+        if config.batch_size > most:
+            raise UserError(f'--config.batch_size={config.batch_size}: at most {most:,} are expected for '
+                            f'{len(self.encoded["train"]):,} training examples.')
         self._multiple = partition.data_devices(self.mesh) * config.accumulation
         data = self.data(config.batch_size)
         _print_task(config, self.task, self.kind.module.TOO_LONG, data)
@@ -118,9 +142,10 @@ class Job:
         self.model = models.build(self.model_config)
         self.tx = optimizer.make_optimizer(**config.optimizer)
         example = data['train'].make(np.arange(1), config.batch_size)
-        self.init = train.make_init(self.model, self.tx, example, self.mesh, frozen)
+        self.init = train.make_init(self.model, self.tx, example, self.mesh, self.frozen)
         state = jax.eval_shape(lambda: self.init(0))
-        self.step = train.make_train_step(self.model, self.tx, self.mesh, config.accumulation, state, frozen)
+        self.step = train.make_train_step(self.model, self.tx, self.mesh, config.accumulation, state,
+                                          self.frozen)
         self.eval_step = evaluate.make_eval_step(self.model, self.mesh)
         if config.best:
             self._check_best(config)
@@ -158,9 +183,18 @@ class Job:
             split: encode(split, lengths) for split in splits if split != 'train'}
 
 
-def describe_model(config: ConfigDict, source: ConfigDict, target: str, options: dict[str, Any],
-                   frozen: Sequence[str]) -> ConfigDict:
+def frozen_parts(config: ConfigDict, task: Task) -> tuple[str, ...]:
+    """The parts of the model that stay as they are: those of the config; of a task that reads features, the encoder."""
+    for part in set(config.frozen) - {'embeddings', 'encoder', 'pooler'}:
+        raise unknown('part for --config.frozen', part, ('embeddings', 'encoder', 'pooler'))
+    reads_features = 'features' in tasks.KINDS[task.kind].options(task)
+    return tuple(sorted({*config.frozen, *(('embeddings', 'encoder') if reads_features else ())}))
+
+
+def describe_model(config: ConfigDict, pretrained_model: Pretrained, task: Task) -> ConfigDict:
     """The checkpoint's embeddings and encoder, this run's dropout (none where the encoder is frozen), the target."""
+    source, target = pretrained_model.model, tasks.KINDS[task.kind].target
+    options, frozen = tasks.KINDS[task.kind].options(task), frozen_parts(config, task)
     if config.max_length < encoded.SHORTEST:
         raise UserError(f'--config.max_length={config.max_length}: {encoded.SHORTEST} or more is expected.')
     if config.max_length > source.embeddings.max_length:
@@ -189,30 +223,69 @@ def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     if not job.packed:
         examples.check_batch_size(config.batch_size, partition.data_devices(job.mesh), config.accumulation)
     with config.unlocked():
-        config.model = job.model_config
-    folder = workdir.start(path, config, job.source.tokenizer)
-    paths.write_json(folder / 'labels.json', list(job.task.labels))
-    score = config.best or f'dev/{job.task.best}'
-    paths.write_json(folder / 'best.json', {'score': score})
-    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints, score)
-    state = _train(job, config, checkpoints.resume(_initial(job, config)), checkpoints, folder)
-    best, params = _best_params(checkpoints, state, path)
-    results = checkpoints.scores(best) | {'best_step': best}
-    for split in job.encoded.keys() - {'train'}:
-        results |= _finish(job, split, params, results, config.batch_size, folder)
-    results = dict(sorted(results.items()))
-    paths.write_json(folder / 'results.json', results)
-    plots.curves(folder)
+        config.model, config.data = job.model_config, ConfigDict(identity(job.task))
+    with workdir.opened(path, config, job.source.tokenizer) as folder:
+        _keep_labels(folder, job.task.labels)
+        score = config.best or f'dev/{job.task.best}'
+        paths.write_json(folder / 'best.json', {'score': score})
+        checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints, score)
+        state = _train(job, config, checkpoints.resume(_initial(job, config)), checkpoints, folder)
+        best, params = _best_params(checkpoints, state, path)
+        results = checkpoints.scores(best) | {'best_step': best}
+        for split in job.encoded.keys() - {'train'}:
+            results |= _finish(job, split, params, results, config.batch_size, folder)
+        results = dict(sorted(results.items()))
+        paths.write_json(folder / 'results.json', results)
+        plots.curves(folder)
     _print_results(path, results)
     return results
 
 
+def _keep_labels(folder: epath.Path, labels: tuple[str, ...]) -> None:
+    """Writes labels.json; refuses other names than those that the weights there were trained with."""
+    file = folder / 'labels.json'
+    found = paths.read_json(file) if file.exists() else list(labels)
+    if found != list(labels) and checkpoint.Checkpoints(folder / 'checkpoints').steps():
+        raise UserError(f'{folder}: was begun with the labels {", ".join(found)}, now they are {", ".join(labels)}; '
+                        f'--config.task.labels="({", ".join(map(repr, found))})" gives them in that order.')
+    paths.write_json(file, list(labels))
+
+
 def _initial(job: Job, config: ConfigDict) -> train.TrainState:
-    """The pre-trained weights under a fresh head; with from_scratch, nothing but fresh ones."""
+    """The pre-trained weights, under their own head or a fresh one; with from_scratch, nothing but fresh ones."""
     state = job.init(config.seed)
     if config.from_scratch:
         return state
-    return state.replace(params=checkpoint.warm_start(state.params, job.source.params, fresh=('targets_',)))
+    fresh = () if _keeps_head(job, config) else ('targets_',)
+    return state.replace(params=checkpoint.warm_start(state.params, job.source.params, fresh))
+
+
+def _keeps_head(job: Job, config: ConfigDict) -> bool:
+    """Whether the checkpoint's head is one for this task: of its kind, sizes and label names.
+
+    Raises:
+      UserError: keep_head is True, and it is not.
+    """
+    wanted = str(config.keep_head)
+    if wanted == 'False':
+        return False
+    name, labels = job.kind.target, (job.source.labels, job.task.labels)
+    there, here = ({key: value for key, value in dict(model.targets.get(name, {})).items() if key not in HEAD_SETTINGS}
+                   for model in (job.source.model, job.model_config))
+    if name not in job.source.model.targets:
+        why = f'it has no head for {name}'
+    elif labels[0] != labels[1]:
+        why = f'its labels are {", ".join(labels[0])}; those of the task are {", ".join(labels[1])}'
+    else:
+        why = '' if there == here else f'its head has {there}, the one of the task {here}'
+    if wanted == 'True' and why:
+        raise UserError(f'--config.keep_head=True: {config.init_from} cannot keep its head: {why}.')
+    if not why:
+        cli.note(f'the head of {config.init_from} ({name}) is kept; --config.keep_head=False begins with a fresh one.')
+    return not why
+
+
+HEAD_SETTINGS = ('weight', 'dropout_rate', 'num_choices')  # not of what it has learned
 
 
 def _train(job: Job, config: ConfigDict, state: train.TrainState, checkpoints: checkpoint.Checkpoints,

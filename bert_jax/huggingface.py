@@ -2,20 +2,19 @@
 
 import json
 import pathlib
-import pickle
 import re
-from collections.abc import Callable
 from typing import Any
 
 import huggingface_hub
 import numpy as np
-import safetensors
-import safetensors.numpy
-from ml_collections import ConfigDict
 
-from bert_jax import cli, paths, weights
+from bert_jax import cli, paths, tensor_files, weights
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
+from bert_jax.data.encoded import SHORTEST
+from bert_jax.data.tokenizer_settings import read_settings
+from bert_jax.model.layers import ACTIVATIONS
+from bert_jax.tensor_files import Stored
 from bert_jax.weights import Pretrained
 
 ARCHITECTURES = {  # targets -> the class that has just these heads
@@ -36,8 +35,10 @@ SIZES = {  # Hugging Face's name -> part and name of ours
     'hidden_dropout_prob': ('encoder', 'dropout_rate'),
     'attention_probs_dropout_prob': ('encoder', 'attention_dropout_rate')}
 EXPECTED = {'layer_norm_eps': 1e-12, 'position_embedding_type': 'absolute', 'is_decoder': False,
-            'add_cross_attention': False, 'tie_word_embeddings': True}
-FILES = ['config.json', '*.safetensors', 'model.safetensors.index.json', 'vocab.txt', 'tokenizer*.json', '*.model']
+            'add_cross_attention': False, 'tie_word_embeddings': True, 'quantization_config': None,
+            'compression_config': None, 'pruned_heads': {}}
+FILES = ['config.json', '*.safetensors', 'model.safetensors.index.json', 'vocab.txt', 'tokenizer*.json', '*.model',
+         'added_tokens.json', 'special_tokens_map.json']
 PICKLES = ['pytorch_model*.bin', 'pytorch_model.bin.index.json']  # where there are no safetensors
 BUFFERS = re.compile(r'(bert\.)?embeddings\.(position_ids|token_type_ids)$')
 TIED = {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
@@ -47,7 +48,8 @@ TIED = {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weigh
 def is_folder(path: pathlib.Path) -> bool:
     """Whether a local folder is in Hugging Face's format."""
     file = path / 'config.json'
-    return file.is_file() and 'model' not in paths.read_json(file)
+    config = paths.read_json(file) if file.is_file() else {'model': None}
+    return not (isinstance(config, dict) and 'model' in config)
 
 
 def download(name: str) -> pathlib.Path:
@@ -69,11 +71,11 @@ def download(name: str) -> pathlib.Path:
 
 
 def read(folder: pathlib.Path) -> Pretrained:
-    """Reads a folder: any BERT, with the heads that it has.
+    """Reads a folder: any BERT, with the heads that it has; what is left out or changed is noted.
 
     Raises:
       UserError: another architecture, damaged or missing files, a tensor that is missing or of another shape,
-        a vocabulary that is longer or shorter than its table.
+        a vocabulary that is longer or shorter than its table, labels that are not those of the head.
     """
     config = paths.read_json(folder / 'config.json')
     _check_architecture(folder, config)
@@ -81,191 +83,146 @@ def read(folder: pathlib.Path) -> Pretrained:
     if tokenizer.vocab_size != config['vocab_size']:
         raise UserError(f'{folder}: its tokenizer has {tokenizer.vocab_size} entries, but its embedding table '
                         f'{config["vocab_size"]} (vocab_size in config.json).')
-    readers = _open(folder)
-
-    def get(name: str) -> np.ndarray:
-        return readers[name](name)
-
-    theirs = {_canonical(name): name for name in readers if not BUFFERS.match(name)}
-    heads = _heads(folder, config, theirs)
+    stored = _by_canonical_name(folder, tensor_files.open_folder(folder))
+    heads = _heads(folder, config, stored)
     dropout = config.get('classifier_dropout')
-    model = weights.model_config(config, SIZES, config['hidden_act'], heads, _num_labels(theirs, get),
+    if dropout is not None and not (type(dropout) in (int, float) and 0 <= dropout < 1):
+        raise UserError(f'{folder}: classifier_dropout is {dropout!r}; a number from 0 to below 1 is expected.')
+    classes = (*stored['classifier.weight'].shape, 0)[0] if 'classifier.weight' in stored else 0
+    model = weights.model_config(config, SIZES, config['hidden_act'], heads, classes,
                                  config['hidden_dropout_prob'] if dropout is None else dropout)
-    pooler = 'bert.pooler.dense.weight' in theirs
-    params, notes = weights.empty_params(model, pooler), []
-    _check_tied(folder, theirs, get)
-    wanted = list(weights.tensors(model.encoder.num_layers, heads, pooler))
-    for tensor in wanted:
-        name = theirs.pop(tensor.huggingface, None)
-        if name is None:
-            raise UserError(f'{folder}: {tensor.huggingface} is missing.')
-        array = get(name)
-        if array.dtype != np.float32:
-            notes = [f'weights are {array.dtype} there; converted to float32.']
-            array = array.astype(np.float32)
-        expected = weights.fill(params, tensor, array, tensor.huggingface_transposed, config['vocab_size'])
-        if expected:
-            raise UserError(f'{folder}: {tensor.huggingface} is {array.shape}; config.json asks for {expected}.')
-    rest = sorted(name for name in theirs if name not in TIED)
+    labels = _labels(folder, config, heads, classes)
+    untied = {name: array for name, array in stored.items() if name not in TIED}
+    params, rest = weights.read_params(model, 'huggingface', untied, str(folder), 'config.json')
+    _check_tied(folder, stored)
     if rest:
-        notes.append('left out, without a counterpart here: ' + ', '.join(rest) + '.')
+        cli.note('left out, without a counterpart here: ' + ', '.join(rest) + '.')
+    if not (config.get('model_type') or config.get('architectures')):
+        _check_unnamed(folder, config, tokenizer, params['embeddings']['position'])
+    for name in config.get('architectures') or ():
+        if not any(set(needed) <= set(heads) for needed, known in ARCHITECTURES.items() if known == name):
+            cli.note(f'config.json says {name}, but its head is not among the weights.')
     about = {'source': f'Hugging Face, {folder}'}
-    return Pretrained(model, params, tokenizer, _labels(config, heads, model), about, notes)
+    longest = read_settings(folder).get('model_max_length')
+    if type(longest) is int and SHORTEST <= longest < model.embeddings.max_length:
+        about['config'] = {'max_length': longest}
+    return Pretrained(model, params, tokenizer, labels, about)
 
 
-def _check_architecture(folder: pathlib.Path, config: dict[str, Any]) -> None:
-    known = ', '.join(dict.fromkeys(ARCHITECTURES.values()))
-    for name in (config.get('architectures') or ['BertModel']):
-        if config.get('model_type', 'bert') != 'bert' or name not in ARCHITECTURES.values():
+def _check_architecture(folder: pathlib.Path, config: Any) -> None:
+    known, file = ', '.join(dict.fromkeys(ARCHITECTURES.values())), folder / 'config.json'
+    if not isinstance(config, dict):
+        raise UserError(f'{file}: a JSON object is expected, it holds a {type(config).__name__}.')
+    names = config.get('architectures') or ['BertModel']
+    if not isinstance(names, list):
+        raise UserError(f'{file}: architectures is {names!r}; a list of names is expected.')
+    for name in names:
+        if (config.get('model_type') or 'bert') != 'bert' or name not in ARCHITECTURES.values():
             kind = config.get('model_type')
             raise UserError(f'{folder}: {name} (model_type {kind!r}) is not supported; known: {known}.')
-    missing = [key for key in SIZES if key not in config]
-    if missing:
-        raise UserError(f'{folder}: config.json lacks {", ".join(missing)}.')
+    weights.check_sizes(config, file, SIZES, ACTIVATIONS)
     for key, value in EXPECTED.items():
         if config.get(key, value) != value:
             raise UserError(f'{folder}: {key} is {config[key]!r} there; only {value!r} is supported.')
 
 
-def _open(folder: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
-    """The names of all tensors, each with the function that reads it."""
-    index = next((file for file in (folder / 'model.safetensors.index.json', folder / 'pytorch_model.bin.index.json')
-                  if file.exists()), None)
-    if (folder / 'model.safetensors').exists():
-        files = [folder / 'model.safetensors']
-    elif index:
-        files = [folder / name for name in sorted(set(paths.read_json(index)['weight_map'].values()))]
-    elif (folder / 'pytorch_model.bin').exists():
-        files = [folder / 'pytorch_model.bin']
-    else:
-        raise UserError(f'{folder}: no weights there; expected model.safetensors, pytorch_model.bin, '
-                        'or one of them in shards with an index.')
-    readers = {}
-    for file in files:
-        if not file.exists():
-            raise UserError(f'{file}: this shard is missing; {index.name} names it.')
-        readers |= (_open_safetensors if file.suffix == '.safetensors' else _open_pickle)(file)
-    return readers
+def _by_canonical_name(folder: pathlib.Path, stored: dict[str, Stored]) -> dict[str, Stored]:
+    """BertModel's names with their prefix, old names of LayerNorm with their new ones, buffers left out."""
+    found, theirs = {}, {}
+    for name in stored:
+        if BUFFERS.match(name):
+            continue
+        ours = f'bert.{name}' if name.startswith(('embeddings.', 'encoder.', 'pooler.')) else name
+        ours = ours.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias')
+        if ours in found:
+            raise UserError(f'{folder}: {theirs[ours]} and {name} are two names of one tensor.')
+        found[ours], theirs[ours] = stored[name], name
+    if 'cls.predictions.bias' not in found and 'cls.predictions.decoder.bias' in found:
+        found['cls.predictions.bias'] = found.pop('cls.predictions.decoder.bias')
+    return found
 
 
-def _open_safetensors(file: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
-    def get(name: str) -> np.ndarray:
-        with safetensors.safe_open(file, 'numpy') as opened:  # anew each time: what was read leaves memory again
-            return opened.get_tensor(name)
-
-    try:
-        with safetensors.safe_open(file, 'numpy') as opened:
-            return dict.fromkeys(opened.keys(), get)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f'{file}: damaged or cut short ({error}).') from error
-
-
-def _open_pickle(file: pathlib.Path) -> dict[str, Callable[[str], np.ndarray]]:
-    """The tensors of a pytorch_model.bin; nothing in it can run."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f'{file}: reading it needs PyTorch (pip install torch --index-url '
-                        'https://download.pytorch.org/whl/cpu); model.safetensors does not.') from error
-    try:
-        try:
-            state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if 'mmap' not in str(error):
-                raise
-            state = torch.load(file, map_location='cpu', weights_only=True)  # written by PyTorch before 1.6
-    except pickle.UnpicklingError as error:
-        raise UserError(f'{file}: refused, it holds more than tensors and would run code '
-                        f'({cli.first_line(error)[:150]}).') from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f'{file}: damaged or cut short ({cli.first_line(error)[:150]}).') from error
-
-    def get(name: str) -> np.ndarray:
-        tensor = state[name]
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-    return dict.fromkeys(state, get)
-
-
-def _canonical(name: str) -> str:
-    """BertModel's names with their prefix, old names of LayerNorm with their new ones."""
-    if name.startswith(('embeddings.', 'encoder.', 'pooler.')):
-        name = f'bert.{name}'
-    return name.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias')
-
-
-def _heads(folder: pathlib.Path, config: dict[str, Any], names: dict[str, str]) -> tuple[str, ...]:
+def _heads(folder: pathlib.Path, config: dict[str, Any], stored: dict[str, Stored]) -> tuple[str, ...]:
     """By the tensors that are there; three kinds share the name `classifier`, and the architecture tells them apart."""
-    if 'cls.predictions.bias' not in names and 'cls.predictions.decoder.bias' in names:
-        names['cls.predictions.bias'] = names.pop('cls.predictions.decoder.bias')
-    present = {'mlm': 'cls.predictions.transform.dense.weight', 'nsp': 'cls.seq_relationship.weight',
-               'span': 'qa_outputs.weight'}
-    heads = tuple(head for head, name in present.items() if name in names)
-    if 'classifier.weight' not in names:
+    present = {'mlm': 'cls.predictions.transform.', 'nsp': 'cls.seq_relationship.', 'span': 'qa_outputs.'}
+    heads = tuple(head for head, start in present.items() if any(name.startswith(start) for name in stored))
+    if 'classifier.weight' not in stored:
         return heads
     named = [heads for heads, name in ARCHITECTURES.items() if name in (config.get('architectures') or ())]
     if not named or named[0][:1] not in (('classification',), ('tagging',), ('multiple_choice',)):
         raise UserError(f'{folder}: there is a classifier; architectures in config.json does not say of which kind.')
     head = named[0][0]
     if head == 'classification':
-        problem = config.get('problem_type') or ('regression' if len(config.get('id2label') or '12') == 1 else None)
-        head = {problem: head for head, problem in PROBLEMS.items()}.get(problem, head)
+        names = config.get('id2label')
+        guess = 'regression' if isinstance(names, dict) and len(names) == 1 else 'classification'
+        kinds = {problem: head for head, problem in PROBLEMS.items()}
+        head = cli.choose(f'problem_type in {folder / "config.json"}', kinds,
+                          str(config.get('problem_type') or PROBLEMS[guess]))
     return (*heads, head)
 
 
-def _num_labels(names: dict[str, str], get: Callable[[str], np.ndarray]) -> int:
-    return get(names['classifier.weight']).shape[0] if 'classifier.weight' in names else 0
-
-
-def _check_tied(folder: pathlib.Path, names: dict[str, str], get: Callable[[str], np.ndarray]) -> None:
+def _check_tied(folder: pathlib.Path, stored: dict[str, Stored]) -> None:
     for copy, original in TIED.items():
-        if copy in names and original in names and not np.array_equal(get(names[copy]), get(names[original])):
+        if copy in stored and original in stored and not np.array_equal(stored[copy].read(), stored[original].read()):
             raise UserError(f'{folder}: {copy} is not equal to {original}; only tied output embeddings are supported.')
 
 
-def _labels(config: dict[str, Any], heads: tuple[str, ...], model: ConfigDict) -> tuple[str, ...]:
-    head = next((head for head in heads if head in ('classification', 'multilabel', 'tagging')), None)
-    if head is None:
+def _check_unnamed(folder: pathlib.Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer, positions: np.ndarray
+                   ) -> None:
+    """RoBERTa's tensors have BERT's names; where config.json names no architecture, other signs tell them apart."""
+    first, pad = tokenizer.pieces[tokenizer.cls_id], config.get('pad_token_id', tokenizer.pad_id)
+    signs = [f'texts begin with {first}'] if first != '[CLS]' else []
+    signs += [f'pad_token_id is {pad}, not {tokenizer.pad_id}'] if pad != tokenizer.pad_id else []
+    signs += ['position 1 is empty'] if len(positions) > 1 and not positions[1].any() else []
+    if signs:
+        raise UserError(f'{folder}: config.json names no architecture, and {", ".join(signs)}: as in a RoBERTa, whose '
+                        'positions begin elsewhere. If it is a BERT, add "model_type": "bert" there.')
+
+
+def _labels(folder: pathlib.Path, config: dict[str, Any], heads: tuple[str, ...], classes: int) -> tuple[str, ...]:
+    """The label names of the head that has some, in the order of its outputs."""
+    if not set(heads) & {'classification', 'multilabel', 'tagging'}:
         return ()
-    names = config.get('id2label') or {}
-    return tuple(str(names.get(str(i), f'LABEL_{i}')) for i in range(model.targets[head].num_classes))
+    names, ids, file = config.get('id2label'), config.get('label2id'), folder / 'config.json'
+    if not names:
+        return tuple(f'LABEL_{i}' for i in range(classes))
+    if not isinstance(names, dict) or names.keys() != {str(i) for i in range(classes)}:
+        found = ', '.join(names) if isinstance(names, dict) else names
+        raise UserError(f'{file}: id2label has {found}; the head has {classes} classes, 0 to {classes - 1}.')
+    labels = tuple(str(names[str(i)]) for i in range(classes))
+    weights.check_labels(labels, classes, str(file))
+    for label, i in ids.items() if isinstance(ids, dict) else ():
+        if label in labels and labels.index(label) != i:
+            raise UserError(f'{file}: label2id gives {label!r} the id {i}, id2label {labels.index(label)}.')
+    return labels
 
 
-def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> list[str]:
+def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> None:
     """Writes a folder that AutoModelFor*.from_pretrained and AutoTokenizer.from_pretrained take as it is.
+
+    What has no counterpart there is noted.
 
     Args:
       model: what to write.
       folder: an existing, empty folder.
       name: the model's name in its card.
       licence: the licence field of the card, an identifier of the hub.
-
-    Returns:
-      What has no counterpart there, for people.
     """
     heads = tuple(head for head in weights.HEADS if head in model.model.targets)
     if heads not in ARCHITECTURES:
         raise UserError(f'No class of transformers has the heads {", ".join(heads)} together.')
-    notes = [f'left out, transformers has no such head: {target}.' for target in model.model.targets
-             if target not in weights.HEADS]
+    for target in model.model.targets:
+        if target not in weights.HEADS:
+            cli.note(f'left out, transformers has no such head: {target}.')
     arrays = {}
     for tensor in weights.of(model):
         array = weights.view(model.params, tensor, model.tokenizer.vocab_size)
         key = tensor.huggingface if heads else tensor.huggingface.removeprefix('bert.')
         arrays[key] = weights.matrix(tensor, array, tensor.huggingface_transposed)
-    save_tensors(arrays, folder / 'model.safetensors')
+    tensor_files.save(arrays, folder / 'model.safetensors')
     (folder / 'config.json').write_text(json.dumps(_their_config(model, heads), indent=2, ensure_ascii=False) + '\n')
-    write_tokenizer(model.tokenizer, folder, model.model.embeddings.max_length)
+    write_tokenizer(model.tokenizer, folder, weights.max_length(model))
     (folder / 'README.md').write_text(card(model, heads, name, licence))
-    return notes
-
-
-def save_tensors(arrays: dict[str, np.ndarray], file: pathlib.Path) -> None:
-    """Writes a safetensors file."""
-    try:
-        safetensors.numpy.save_file(arrays, file, metadata={'format': 'pt'})
-    except safetensors.SafetensorError as error:
-        raise UserError(f'{file.name}: could not be written ({error}).') from error
 
 
 def _their_config(model: Pretrained, heads: tuple[str, ...]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import socket
+import struct
 import sys
 import time
 import types
@@ -9,12 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
+import google_crc32c
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from bert_jax import paths
+from bert_jax import cli, paths
 from bert_jax.cli import UserError
 
 REMOTE_SECONDS = 60  # between two writes of a log to gs://
@@ -34,6 +38,14 @@ class Mean:
         return cls(jnp.sum(values.astype(jnp.float32) * weights), jnp.sum(weights))
 
 
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, Mean]:
+    """Cross-entropy in nats and accuracy; logits [..., C], labels and weights [...]."""
+    right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    best = jnp.max(logits, axis=-1)
+    nll = jax.nn.logsumexp(logits, axis=-1) - right
+    return {'loss': Mean.of(nll, weights), 'accuracy': Mean.of(right >= best, weights)}
+
+
 def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
     """The values of a list of metric dicts (already on the host), summed in float64."""
     merged = {}
@@ -44,14 +56,59 @@ def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
     return merged
 
 
-def _tensorboardx() -> types.ModuleType:
-    """The library, without the torch that it would import for nothing: six seconds where it is installed."""
+class Board:
+    """Scalars as TensorBoard reads them, written where they are made: no thread, whose death could block a run.
+
+    What cannot be written is dropped with a note: a board is a picture of the run, not a part of it.
+    """
+
+    def __init__(self, folder: epath.Path, step: int) -> None:
+        self._protos = [_tensorboardx(f'proto.{name}_pb2') for name in ('event', 'summary')]
+        self._file = folder / f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}'
+        self._pending, self._failed = b'', False
+        event = self._protos[0]
+        self._add(file_version='brain.Event:2')
+        self._add(step=step + 1, session_log=event.SessionLog(status=event.SessionLog.START))  # what was after is void
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """One record's numbers."""
+        summary = self._protos[1].Summary
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self._add(step=step, summary=summary(value=[
+            summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]))
+
+    def _add(self, **contents: Any) -> None:
+        record = self._protos[0].Event(wall_time=time.time(), **contents).SerializeToString()
+        size = struct.pack('<Q', len(record))
+        self._pending += size + _checksum(size) + record + _checksum(record)
+
+    def flush(self) -> None:
+        """Writes what is not written yet."""
+        if self._failed or not self._pending:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            paths.append(self._file, self._pending)
+        except (UserError, OSError) as error:
+            self._failed = True
+            cli.note(f'{self._file.parent}: TensorBoard files are not written any more ({cli.first_line(error)}).')
+        self._pending = b''
+
+
+def _tensorboardx(module: str) -> types.ModuleType:
+    """A module of the library, without the torch that it would import for nothing, which takes six seconds."""
     hidden = sys.modules.setdefault('torch', None) is None
     try:
-        return importlib.import_module('tensorboardX')
+        return importlib.import_module(f'tensorboardX.{module}')
     finally:
         if hidden:
             del sys.modules['torch']
+
+
+def _checksum(content: bytes) -> bytes:
+    """The masked CRC-32C of TensorFlow's record files."""
+    crc = google_crc32c.value(content)
+    return struct.pack('<I', ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff)
 
 
 class Writer:
@@ -70,10 +127,7 @@ class Writer:
         self._seconds, self._flushed = REMOTE_SECONDS if paths.is_remote(workdir) else 0, time.monotonic()
         for file in self._files.values():
             cut_back(file, step)
-        try:
-            self._board = _tensorboardx().SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
-        except ImportError as error:  # gs:// needs google-cloud-storage
-            raise UserError(f'{workdir}: {error}') from error
+        self._board = Board(workdir / 'tensorboard', step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One record of results."""
@@ -87,9 +141,7 @@ class Writer:
         if self._board is None:
             return
         self._pending[name] += json.dumps({'step': step, **values}) + '\n'
-        for key, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, step)
+        self._board.add(step, values)
         if time.monotonic() - self._flushed >= self._seconds:
             self.flush()
 
@@ -107,8 +159,6 @@ class Writer:
     def close(self) -> None:
         """Ends the files."""
         self.flush()
-        if self._board is not None:
-            self._board.close()
 
 
 def cut_back(file: epath.Path, step: int) -> None:

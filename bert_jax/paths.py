@@ -15,6 +15,8 @@ from etils.epath import gpath
 
 from bert_jax.cli import UserError
 
+LOCK = 'lock.json'  # see lock.py
+
 
 def _keep_no_listings() -> None:
     """A bucket is listed anew each time: tensorstore writes to it too, and what fsspec remembers may be gone."""
@@ -35,7 +37,7 @@ def is_remote(path: epath.Path) -> bool:
       UserError: the client for gs:// is missing.
     """
     if str(path).startswith('gs://') and importlib.util.find_spec('gcsfs') is None:
-        raise UserError(f'{path}: pip install gcsfs google-cloud-storage, for workdirs on gs://.')
+        raise UserError(f'{path}: pip install gcsfs, for workdirs on gs://.')
     return '://' in str(path)
 
 
@@ -60,8 +62,21 @@ def read_json(file: epath.Path) -> Any:
     """A JSON file's contents."""
     try:
         return json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if file.exists():
+            refuse_pointer(file)
         raise UserError(f'{file}: damaged, not to be read as JSON ({error}).') from error
+
+
+def refuse_pointer(file: epath.Path) -> None:
+    """Refuses the few lines that Git leaves in place of a large file where Git LFS did not fetch it."""
+    try:
+        with file.open('rb') as content:
+            start = content.read(40)
+    except OSError as error:
+        raise UserError(f'{file}: cannot be read ({error.strerror or error}).') from error
+    if start.startswith(b'version https://git-lfs.github.com/spec/'):
+        raise UserError(f'{file}: a Git LFS pointer, not the file itself; `git lfs pull` in its folder fetches it.')
 
 
 def write_json(file: epath.Path, content: Any) -> None:
@@ -69,18 +84,19 @@ def write_json(file: epath.Path, content: Any) -> None:
     write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + '\n')
 
 
-def append(path: epath.Path, text: str) -> None:
+def append(path: epath.Path, content: str | bytes) -> None:
     """Adds to the end of a file; object stores cannot, so there it is written anew.
 
     Raises:
       UserError: it cannot be written, on a full disk for example.
     """
+    content = content.encode() if isinstance(content, str) else content
     try:
         if is_remote(path):
-            path.write_text((path.read_text() if path.exists() else '') + text)
+            path.write_bytes((path.read_bytes() if path.exists() else b'') + content)
         else:
-            with path.open('a') as out:
-                out.write(text)
+            with path.open('ab') as out:
+                out.write(content)
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror or error}). Put that right (a full disk?) and '
                         'give the same command again: it goes on from the last checkpoint.') from error
@@ -89,13 +105,21 @@ def append(path: epath.Path, text: str) -> None:
 def check_new(path: str, option: str) -> pathlib.Path:
     """The local folder that is to be written; refuses one that holds something."""
     folder = check_local(path, option)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder):
         raise UserError(f'{folder}: not an empty folder; give another {option}.')
     return folder
 
 
+def is_free(folder: epath.PathLike) -> bool:
+    """Whether a folder is not there yet, or holds nothing (but a lock)."""
+    folder = epath.Path(folder)
+    return not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
+
+
 def check_local(path: str, option: str) -> pathlib.Path:
-    """`path` as a local one; refuses gs:// and its like, of which pathlib would make a folder named `gs:`."""
+    """`path` as a local one; refuses '', and gs:// and its like, of which pathlib would make a folder named `gs:`."""
+    if not path.strip():
+        raise UserError(f"{option} '': a path is expected.")
     if '://' in path:
         raise UserError(f'{option} {path}: a local path is expected; copy what is there to the bucket afterwards.')
     return pathlib.Path(path)

@@ -5,8 +5,8 @@
     python -m bert_jax.predict --init_from google-bert/bert-base-cased 'Paris is the [MASK] of France.'
     cat texts.txt | python -m bert_jax.predict --workdir W --input -
 
-What a model does follows from its head. Inputs are one example a line, with tabs between its parts, or JSON lines
-from a .jsonl file:
+What a model does follows from its head. Inputs are tables (.csv, .tsv) and JSON lines, also on standard input, whose
+columns are those of the fine-tuning or else these; or one example a line, with tabs between its parts:
 
   fill-mask                   text with [MASK]s              {"text"}
   classification, multilabel,
@@ -16,8 +16,9 @@ from a .jsonl file:
   choice                      context TAB choice TAB ...     {"context", "choices": [...]}
 
 Each input is predicted alone, also by a tagger that was trained with document_context; what is longer than the
-max_length of the fine-tuning is read in windows (span, tagging) or cut, with a note on stderr. Empty lines are left
-out, with a note too. A model for spans says that there is no answer if it was fine-tuned to, or with --null_threshold.
+max_length of the fine-tuning is read in windows (span, tagging) or cut, with a note on stderr. Each line or row has
+its prediction, empty texts too; for spans and choices empty lines are left out, with a note. A model for spans says
+that there is no answer if it was fine-tuned to, or with --null_threshold.
 
 From Python, in three lines:
 
@@ -26,11 +27,9 @@ From Python, in three lines:
     model(['Paris is the [MASK] of France.'])
 """
 
-import contextlib
 import functools
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ import numpy as np
 
 from bert_jax import cli, evaluate, pretrained, scores
 from bert_jax.cli import UserError
-from bert_jax.data import packed, tables, tasks, texts
+from bert_jax.data import packed, tasks, texts
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.data.task import Task
 from bert_jax.model import model as models
@@ -68,7 +67,7 @@ class Predictor:
         self.kind, self.labels, self.truncated = KIND_OF_TARGET.get(self.target, 'fill_mask'), source.labels, 0
         self._config, self._params, self._tokenizer = source.model, jax.device_put(source.params), source.tokenizer
         config = source.about.get('config', {})
-        task = config.get('task', {})
+        self._task = task = config.get('task', {})
         self._max_length = config.get('max_length', source.model.embeddings.max_length)  # a fine-tuned model's own
         threshold = source.about.get('scores', {}).get('dev/null_threshold', 0.0)
         self._settings = SPANS | {key: value for key, value in task.items() if key in SPANS}
@@ -98,7 +97,12 @@ class Predictor:
             return []
         if batch_size < 1:
             raise UserError(f'batch_size {batch_size}: one or more is expected.')
-        module, rows = self._module, [self.parse(value) for value in inputs]
+        return self.predict([self.parse(value) for value in inputs], top_k, batch_size, null_threshold)
+
+    def predict(self, rows: list[Any], top_k: int = 5, batch_size: int = 32, null_threshold: float | None = None
+                ) -> list[dict[str, Any]]:
+        """As a call, of examples that are read already (`tasks.read_inputs`)."""
+        module = self._module
         batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())
         if self.kind == 'fill_mask':
             return self._fill_masks(rows, top_k, batch_size)
@@ -111,6 +115,7 @@ class Predictor:
             apply = self._jitted(task.settings['num_choices'])
         data = module.encode(task, rows, self._tokenizer, self._max_length, lengths(self._max_length))
         self.truncated += data.truncated
+        pretrained.check_segments(self._config, [data])
         if HEADS[self.target].uses_pooled:
             data = packed.pack_into(data, data.lengths, batch_size)
         outputs, _ = evaluate.predict(lambda batch: (apply(self._params, batch), {}), data, batch_size, self.target)
@@ -128,11 +133,24 @@ class Predictor:
         Raises:
           UserError: an input of another shape; `where` is its file and line, if it has one.
         """
-        row = parsed(self._module, self.kind, value, where)
-        if self.kind == 'fill_mask' and MASK not in row.text + (row.pair or ''):
-            raise UserError(f'{_at(where)}no {MASK} in {row.text[:80]!r}; a pre-trained model fills {MASK}s '
-                            '(fine-tune it to classify).')
+        row = tasks.parsed(self._module, self.kind, value, where)
+        self.check(row)
         return row
+
+    def read(self, file: str) -> tuple[list[Any], int]:
+        """The examples of a file, and how many lines are none; see `tasks.read_inputs`."""
+        rows, left_out = tasks.read_inputs(file, self.kind, self._task)
+        for row in rows:
+            if self.kind != 'fill_mask' or row.text.strip():
+                self.check(row)
+        return rows, left_out
+
+    def check(self, row: Any) -> None:
+        """Refuses a text without [MASK] for a model that fills them."""
+        if self.kind == 'fill_mask' and MASK not in row.text + (row.pair or ''):
+            at = f'{row.where}: ' if row.where else ''
+            raise UserError(f'{at}no {MASK} in {row.text[:80]!r}; a pre-trained model fills {MASK}s '
+                            '(fine-tune it to classify).')
 
     @functools.cache  # noqa: B019 - lives as long as the process
     def _jitted(self, num_choices: int = 0) -> Callable:
@@ -145,6 +163,7 @@ class Predictor:
     def _fill_masks(self, rows: list[texts.Row], top_k: int, batch_size: int) -> list[dict[str, Any]]:
         task = Task('classification', {})
         data = texts.encode(task, rows, _WithMasks(self._tokenizer), self._max_length, lengths(self._max_length))
+        pretrained.check_segments(self._config, [data])
         results: list[Any] = [None] * len(rows)
         for numbers, batch in data.evaluation_batches(batch_size):
             at = batch['input_ids'] == self._tokenizer.mask_id
@@ -185,19 +204,6 @@ def lengths(max_length: int) -> tuple[int, ...]:
     return (*(length for length in LENGTHS if length < max_length), max_length)
 
 
-def parsed(module: Any, kind: str, value: Input, where: str) -> Any:
-    """A kind's example made of one input, or an error that names it."""
-    try:
-        return module.parse(value)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f'{_at(where)}{str(value)[:80]!r} is not what a model for {kind} takes; see '
-                        'python -m bert_jax.predict --help.') from error
-
-
-def _at(where: str) -> str:
-    return f'{where}: ' if where else ''
-
-
 def load(path: str) -> Predictor:
     """The model in a workdir (a fine-tuned one at its best step), a Hugging Face folder or name, or a TF1 folder.
 
@@ -221,45 +227,40 @@ def main() -> None:
                         help='spans: no answer where the odds of none are above X (default: as fine-tuned)')
     parser.add_argument('--json', action='store_true', help='print JSON lines')
     args = parser.parse_args()
-    read = [('', _parts(text)) for text in args.texts] + (list(read_inputs(args.input)) if args.input else [])
-    if not read:
+    for name in ('top_k', 'batch_size'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name} {getattr(args, name)}: one or more is expected.')
+    if not args.texts and not args.input:
         raise UserError('No text: give some as arguments, or --input FILE (- for standard input).')
     model = load(args.workdir or args.init_from)
-    for where, value in read:
-        model.parse(value, where)
-    inputs = [value for _, value in read]
+    rows = [model.parse(tasks.parts_of(text)) for text in args.texts]
+    if args.input:
+        read, left_out = model.read(args.input)
+        rows += read
+        say_empty(args.input, read, left_out)
+    if not rows:
+        raise UserError(f'{args.input}: no text in it.')
     show: Callable = (lambda result: json.dumps(result, ensure_ascii=False)) if args.json else _plain
-    for start in range(0, len(inputs), 32 * args.batch_size):
-        some = inputs[start:start + 32 * args.batch_size]
-        for result in model(some, args.top_k, args.batch_size, args.null_threshold):
+    for start in range(0, len(rows), 32 * args.batch_size):
+        some = rows[start:start + 32 * args.batch_size]
+        for result in model.predict(some, args.top_k, args.batch_size, args.null_threshold):
             print(show(result), flush=True)
     if model.truncated:
         cli.note(f'{model.truncated:,} {model.too_long} and were cut.')
 
 
-def read_inputs(name: str) -> Iterator[tuple[str, Input]]:
-    """(file:line, input) of a file: JSON lines, or lines with tabs between their parts; - is standard input."""
-    if name.endswith('.jsonl'):
-        yield from tables.read_table(name)
-        return
-    empty = 0
-    with contextlib.nullcontext(sys.stdin) if name == '-' else tables.open_text(name) as lines:
-        for number, line in enumerate(tables.decoded(name, lines), 1):
-            if line.strip():
-                yield f'{name}:{number}', _parts(line.rstrip('\r\n'))
-            else:
-                empty += 1
+def say_empty(name: str, rows: list[Any], left_out: int) -> None:
+    """Notes on lines without a text."""
+    empty = sum(isinstance(row, texts.Row) and not row.text.strip() for row in rows)
+    if left_out:
+        cli.note(f'{left_out:,} empty lines of {name} are left out.')
     if empty:
-        cli.note(f'{empty:,} empty lines of {name} are left out.')
-
-
-def _parts(line: str) -> Input:
-    parts = tuple(line.split('\t'))
-    return parts if len(parts) > 1 else line
+        cli.note(f'{empty:,} texts of {name} are empty.')
 
 
 def _plain(found: dict[str, Any]) -> str:
-    """For people: what is predicted, then what it was predicted from."""
+    """For people: what is predicted, then what it was predicted from, in one line (a line for each [MASK])."""
+    found = {key: ' '.join(value.splitlines()) if isinstance(value, str) else value for key, value in found.items()}
     text = ' | '.join(found[name] for name in ('text', 'text_pair') if name in found)
     if 'masks' in found:
         return '\n'.join([text, *('  ' + ', '.join(f'{guess["token"]} {guess["score"]:.3f}' for guess in mask)

@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import platform
 import shutil
 import threading
 import time
@@ -32,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import cli, paths
+from bert_jax import cli, lock, paths
 from bert_jax.cli import UserError
 from bert_jax.data import corpora, store, tokenizer
 
@@ -88,43 +89,76 @@ def prepare(inputs: Iterable[str], tokenizer_path: str, output: str, reader: cor
     tok = tokenizer.load(tokenizer_path)
     names = corpora.expand(list(inputs))
     body = {'inputs': names, 'input_bytes': [_size(name) for name in names],
+            'input_sha256': [_identity(name) for name in names],
             'reader': dataclasses.asdict(reader), 'held_out': held_out,
             'tokenizer_hash': tok.hash, 'id_type': np.dtype(tok.id_type).str}
     path = paths.check_local(output, '--output')
-    writer = _Writer(path, body)
-    if writer.finished:
-        print(f'{path}: already complete.')
-        return store.load(path)
+    if not (paths.is_free(path) or (path / 'store.json').exists() or (path / 'journal.json').exists()):
+        raise UserError(f'{path}: not empty and not a store; give another --output.')
+    with lock.hold(path):
+        writer = _Writer(path, body)
+        if writer.finished:
+            print(f'{path}: already complete.')
+            return store.load(path)
+        text_bytes, tokens, totals = _write_store(writer, tok, names, reader, held_out, workers)
+    result = store.load(path)
+    seconds = time.monotonic() - started
+    print(f'{_summary(path, totals, result)}; {text_bytes / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s.')
+    for note in _notes(totals, held_out):
+        cli.note(note)
+    return result
+
+
+def _write_store(writer: '_Writer', tok: tokenizer.Tokenizer, names: list[str], reader: corpora.Reader, held_out: float,
+                 workers: int) -> tuple[int, int, collections.Counter]:
+    """(bytes of text, tokens of now, counts of the whole store)."""
+    path = writer.path
     try:
         tok.save(path / 'tokenizer')
         text_bytes, tokens = _write_all(writer, names, reader, held_out, str(path / 'tokenizer'), workers)
-        totals = writer.finish()
+        return text_bytes, tokens, writer.finish()
     except UserError:
         writer.close()
         if not writer.tokens:  # nothing that another call could go on from
-            shutil.rmtree(path)
+            writer.remove()
         raise
     except OSError as error:
         raise store.disk_error(path, error) from error
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(f'{path}: a worker process died (out of memory?); the same command goes on from here, '
                         'with fewer --workers if need be.') from error
-    result = store.load(path)
-    seconds = time.monotonic() - started
-    print(f'{_summary(path, totals, result)}; {text_bytes / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s.')
-    if totals['train_documents'] < 2:
-        cli.note('a single training document; next-sentence prediction needs another one to draw from '
-                 '(separate documents by blank lines, or train with --config configs/pretrain.py:SIZE,no_nsp).')
-    elif held_out and totals['held_out_documents'] < 2:
-        cli.note('fewer than two documents are held out, too few to score pre-training by; prepare with a larger '
-                 f'--held_out than {held_out:g}, or train with --config.eval_examples=0.')
-    return result
+
+
+UNKNOWN, PARAGRAPHS, SINGLE = 0.05, 0.2, 0.5  # shares above which something is said
+
+
+def _notes(counts: collections.Counter, held_out: float) -> Iterator[str]:
+    """What looks as if the text were not what it is taken for."""
+    tokens = counts['train_tokens'] + counts['held_out_tokens']
+    documents = counts['train_documents'] + counts['held_out_documents']
+    if counts['train_documents'] < 2:
+        yield ('a single training document; next-sentence prediction needs another one to draw from (separate '
+               'documents by blank lines, or train with --config configs/pretrain.py:SIZE,no_nsp).')
+    elif held_out and counts['held_out_documents'] < 2:
+        yield (f'fewer than two documents are held out, too few to score pre-training by; prepare with a larger '
+               f'--held_out than {held_out:g}, or train with --config.eval_examples=0.')
+    if counts['unknown'] > UNKNOWN * tokens:
+        yield (f'{counts["unknown"] / tokens:.0%} of the tokens are [UNK]: is this tokenizer made for this text? '
+               'python -m bert_jax.vocab makes one from it (Korean without --strip_accents).')
+    if counts['paragraphs'] > PARAGRAPHS * counts['lines']:
+        yield (f'{counts["paragraphs"] / counts["lines"]:.0%} of the lines hold several sentences; --format paragraphs '
+               'finds them.')
+    elif counts['single'] > SINGLE * documents:
+        yield (f'{counts["single"] / documents:.0%} of the documents have one sentence: of these next-sentence '
+               'prediction learns nothing. Blank lines separate documents, not sentences; or train with '
+               '--config configs/pretrain.py:SIZE,no_nsp.')
 
 
 def _write_all(writer: '_Writer', names: list[str], reader: corpora.Reader, held_out: float,
                tokenizer_path: str, workers: int) -> tuple[int, int]:
     """Encodes all blocks in worker processes, appends them in order; returns the bytes of text and tokens of now."""
-    total = None if any(':' in n or n.endswith(('.gz', '.parquet')) for n in names) else sum(map(_size, names))
+    packed = any(':' in name or name.endswith(('.gz', '.bz2', '.xz', '.parquet')) for name in names)
+    total = None if packed else sum(map(_size, names))
     text_bytes = 0
     with _pool(workers, tokenizer_path, reader, held_out) as pool, \
             cli.progress(total=total, unit='B', unit_scale=True, desc='prepare') as bar:
@@ -181,7 +215,14 @@ def _start_worker(tokenizer_path: str, reader: corpora.Reader, held_out: float) 
 
 
 def _encode_block(block: corpora.Block) -> EncodedBlock:
-    return encode_documents(_worker['reader'].documents(block), _worker['tokenizer'], _worker['held_out'])
+    documents = _worker['reader'].documents(block)
+    encoded = encode_documents(documents, _worker['tokenizer'], _worker['held_out'])
+    encoded.counts['single'] += sum(len(document) == 1 for document in documents)
+    if block.kind == 'sentences':
+        lines = [line for document in documents for line in document]
+        encoded.counts['lines'] += len(lines)
+        encoded.counts['paragraphs'] += sum(line.count('. ') + line.count('。') > 2 for line in lines)
+    return encoded
 
 
 def encode_documents(documents: list[list[str]], tok: tokenizer.Tokenizer, held_out: float) -> EncodedBlock:
@@ -241,8 +282,6 @@ class _Writer:
             self._open(begun['sizes'])
             self.blocks, self.counts = begun['blocks'], collections.Counter(begun['counts'])
             print(f'{path}: going on after {self.blocks} blocks.')
-        elif path.exists() and any(path.iterdir()):
-            raise UserError(f'{path}: not empty and not a store; give another --output.')
         else:
             path.mkdir(parents=True, exist_ok=True)
             self._open({})
@@ -251,7 +290,14 @@ class _Writer:
     def _must_agree(self, found: dict[str, Any]) -> None:
         if found['reader']['errors'] == 'strict':  # and so far there were none
             found = found | {'reader': found['reader'] | {'errors': self.body['reader']['errors']}}
+        if 'input_sha256' not in found:  # of an older version, which compared sizes
+            found = found | {'input_sha256': self.body['input_sha256']}
         different = [key for key, value in self.body.items() if found.get(key) != value]
+        if 'input_sha256' in different and 'inputs' not in different:
+            changed = [name for name, there, here in zip(
+                found['inputs'], found['input_sha256'], self.body['input_sha256']) if there != here]
+            raise UserError(f'{self.path}: holds a store of other text; changed since: {", ".join(changed[:5])}. Give '
+                            'another --output, or delete it.')
         if different:
             raise UserError(f'{self.path}: holds a store made with another {", ".join(different)}; '
                             'give another --output, or delete it.')
@@ -288,6 +334,12 @@ class _Writer:
             'body': self.body, 'block_bytes': corpora.BLOCK_BYTES, 'blocks': self.blocks, 'counts': dict(self.counts),
             'sizes': {name: file.tell() for name, file in self._files.items()}})
 
+    def remove(self) -> None:
+        """Deletes what this has written: nothing else is there."""
+        for name in (*(f'{name}.partial' for name in self._files), 'journal.json'):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / 'tokenizer', ignore_errors=True)
+
     def close(self) -> None:
         """Leaves everything as it is: nothing is written by these files any more."""
         for file in self._files.values():
@@ -308,6 +360,13 @@ class _Writer:
 
 def _size(name: str) -> int:
     return os.path.getsize(name) if os.path.exists(name) else 0
+
+
+def _identity(name: str) -> str:
+    """SHA-256 of a file; what there is of a source by name: TFDS' own name, the version of Python."""
+    if os.path.exists(name):
+        return store.file_hash(name)
+    return f'Python {platform.python_version()}' if name.startswith('stdlib:') else 'by name'
 
 
 def _summary(path: pathlib.Path, counts: collections.Counter, result: store.Store) -> str:

@@ -7,6 +7,7 @@ command, it resumes exactly. The workdir alone is enough to fine-tune or predict
 """
 
 import collections
+import contextlib
 import functools
 import importlib.util
 import math
@@ -58,57 +59,63 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
       Stopped: told to stop; a checkpoint is saved.
     """
     clock, stop = startup.Startup(), distributed.stop_notice()
+    workdir.check(path)
     check(config)
-    data = load_store(config, path)
-    set_vocab_size(config.model, data.tokenizer.vocab_size)
+    stores = load_stores(config, path)
+    tokenizer = stores[0].tokenizer
+    set_vocab_size(config.model, tokenizer.vocab_size)
     with config.unlocked():
-        config.store_hash = data.info['sha256']  # its path may differ from host to host
+        config.store_hash = ','.join(data.info['sha256'] for data in stores)  # their paths differ from host to host
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
-    example = examples.empty(1, config.phases[0][1], config.mask_rate, config.packed)
+    example = examples.empty(1, config.phases[0][1], **config.examples)
     mesh = partition.make_mesh(config.mesh, train.state_shapes(model, tx, example), accumulation=config.accumulation)
     check_batches(config, mesh)
-    source = load_checkpoint(config, data.tokenizer) if config.init_from else None
+    source = load_checkpoint(config, tokenizer) if config.init_from else None
     phases = make_phases(config.phases)
-    streams = {phase.max_length: make_examples(config, data.train, data, config.seed, phase.max_length,
-                                               config.packed) for phase in phases}
-    evaluators = {'held_out': make_evaluator(config, data, model, mesh, phases)} if config.eval_examples else {}
-    folder = workdir.start(path, config, data.tokenizer)  # nothing is written before all is checked
-    clock.done('data')
-    state = train.make_init(model, tx, example, mesh)(config.seed)
-    if source is not None:
-        state = state.replace(params=checkpoint.warm_start(state.params, source))
-        del source
-    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
-    state = checkpoints.resume(state)
-    clock.done('restore')
-    start, num_steps = int(state.step), phases[-1].stop
-    if start:
-        print(f'{path}: resuming at step {start} of {num_steps}.')
-    step = clock.first(train.make_train_step(model, tx, mesh, config.accumulation, state))
-    rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
-    weights = models.target_weights(config.model)
-    writer = metrics.Writer(folder, start)
-    sharding = partition.batch_sharding(mesh)
-    placed = batches.placed_ahead(phase_batches(config, phases, streams, start, sharding), sharding)
-    train.fit(
-        state, step, distributed.watched(placed),
-        num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
-        save_every=config.save_every, eval_every=config.eval_every, evaluators=evaluators,
-        checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases), stop=stop,
-        rates=functools.partial(rates, config, phases))
-    writer.close()
-    results = checkpoints.scores(num_steps)
-    if jax.process_index() == 0:
-        paths.write_json(folder / 'results.json', results)
-        plots.curves(folder)
+    streams = {phase.max_length: examples.mixed([data.train for data in stores], tokenizer, config.seed,
+                                                phase.max_length, **config.examples) for phase in phases}
+    evaluators = {name: make_evaluator(config, data, model, mesh, phases)
+                  for name, data in zip(held_out_names(stores), stores)} if config.eval_examples else {}
+    with workdir.opened(path, config, tokenizer) as folder:  # nothing is written before all is checked
+        clock.done('data')
+        state = train.make_init(model, tx, example, mesh)(config.seed)
+        if source is not None:
+            state = state.replace(params=checkpoint.warm_start(state.params, source))
+            del source
+        checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
+        state = checkpoints.resume(state)
+        clock.done('restore')
+        start, num_steps = int(state.step), phases[-1].stop
+        if start:
+            print(f'{path}: resuming at step {start} of {num_steps}.')
+        step = clock.first(train.make_train_step(model, tx, mesh, config.accumulation, state))
+        rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
+        weights = models.target_weights(config.model)
+        writer = metrics.Writer(folder, start)
+        sharding = partition.batch_sharding(mesh)
+        with contextlib.closing(phase_batches(config, phases, streams, start, sharding)) as made:
+            train.fit(
+                state, step, distributed.watched(batches.placed_ahead(made, sharding)), num_steps=num_steps,
+                hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
+                save_every=config.save_every, eval_every=config.eval_every, evaluators=evaluators,
+                checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases), stop=stop,
+                rates=functools.partial(rates, config, phases))
+        writer.close()
+        results = checkpoints.scores(num_steps)
+        if jax.process_index() == 0:
+            paths.write_json(folder / 'results.json', results)
+            plots.curves(folder)
     print_results(path, results)
     return results
 
 
-RANGES = {'save_every': (1, math.inf), 'eval_every': (1, math.inf), 'eval_examples': (0, math.inf), 'packed': (0, 16),
-          'eval_batch_size': (1, math.inf),
-          'mask_rate': (0.001, 1), 'short_rate': (0, 1), 'model.embeddings.dropout_rate': (0, 0.99),
+RANGES = {'save_every': (1, math.inf), 'eval_every': (1, math.inf), 'eval_examples': (0, math.inf),
+          'eval_batch_size': (1, math.inf), 'examples.pack_lengths': (0, 16),
+          'examples.mask_rate': (0.001, 1), 'examples.short_rate': (0, 1), 'model.embeddings.dropout_rate': (0, 0.99),
           'model.encoder.dropout_rate': (0, 0.99), 'model.encoder.attention_dropout_rate': (0, 0.99)}
+
+
+LARGEST_BATCH = 1 << 20  # rows; a mistyped size would fill the memory before anything is said
 
 
 class Phase(NamedTuple):
@@ -136,20 +143,34 @@ def phase_at(phases: list[Phase], step: int) -> Phase:
     return next((phase for phase in phases if step < phase.stop), phases[-1])
 
 
-def load_store(config: ConfigDict, path: str) -> store.Store:
-    """The token store; all processes must have the same, and the same config and code."""
+def load_stores(config: ConfigDict, path: str) -> list[store.Store]:
+    """The token stores, of one tokenizer; all processes must have the same, and the same config and code."""
     if not config.store:
         raise UserError('--config.store=STORE is missing: the token store made by python -m bert_jax.prepare.')
     try:
-        data, said = store.load(config.store), ''
+        stores, said = [store.load(name) for name in config.store.split(',')], ''
     except UserError as error:
-        data, said = None, str(error)
+        stores, said = [], str(error)
     facts = {f'config.{key}': repr(value) for key, value in workdir.flat(config.to_dict()).items() if key != 'store'}
     distributed.agree(facts | {'the workdir': path, 'the code': distributed.code_version(),
-                               'the store': said or data.info['sha256'][:12]})
-    if data is None:
+                               'the store': said or ','.join(data.info['sha256'][:12] for data in stores)})
+    if said:
         raise UserError(said)
-    return data
+    for data in stores[1:]:
+        if data.tokenizer.hash != stores[0].tokenizer.hash:
+            made = [f'{one.path} with tokenizer {one.tokenizer.hash[:12]} ({one.tokenizer.vocab_size} entries)'
+                    for one in (data, stores[0])]
+            raise UserError(f'{made[0]} and {made[1]}: the stores of one run need one tokenizer.')
+    return stores
+
+
+def held_out_names(stores: list[store.Store]) -> list[str]:
+    """What each store's held-out results are called: held_out, or held_out[FOLDER] where there are several."""
+    if len(stores) == 1:
+        return ['held_out']
+    names = [data.path.name for data in stores]
+    unique = len(set(names)) == len(names)
+    return [f'held_out[{name if unique else number}]' for number, name in enumerate(names)]
 
 
 def set_vocab_size(model: ConfigDict, vocab_size: int) -> None:
@@ -172,25 +193,34 @@ def load_checkpoint(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Any:
 
 def check(config: ConfigDict) -> None:
     """Refuses what would fail later, or run and mean nothing."""
-    cli.check_ranges(config, cli.RANGES | RANGES)
+    weights = {f'model.targets.{name}.weight': (0, math.inf) for name in config.model.targets}
+    cli.check_ranges(config, cli.RANGES | RANGES | weights)
+    if not any(models.target_weights(config.model).values()):
+        raise UserError('model.targets: every weight is 0, so nothing would be learned.')
     positions = config.model.embeddings.max_length
     if not config.phases or any(len(phase) != 3 or min(phase) < 1 for phase in config.phases):
         raise UserError('phases: ((steps, max_length, batch_size), ...) is expected, each 1 or more.')
-    if min(config.replacement) < 0 or sum(config.replacement) > 1:
-        raise UserError(f'replacement {tuple(config.replacement)}: the shares of [MASK] and of random tokens are '
+    settings = config.examples
+    if min(settings.replacement) < 0 or sum(settings.replacement) > 1:
+        raise UserError(f'replacement {tuple(settings.replacement)}: the shares of [MASK] and of random tokens are '
                         'expected, together 1 at most.')
-    for _, length, _ in config.phases:
+    for _, length, batch_size in config.phases:
+        if batch_size > LARGEST_BATCH:
+            raise UserError(f'A batch of {batch_size:,} rows: at most {LARGEST_BATCH:,} are expected.')
         if length > positions:
             raise UserError(f'A phase of max_length {length} is longer than the position table '
                             f'(model.embeddings.max_length = {positions}).')
     choose('pipeline', batches.STREAMS, config.pipeline)
     if config.pipeline == 'tf' and importlib.util.find_spec('tensorflow') is None:
         raise UserError('tensorflow is not installed; --config.pipeline=thread does without it.')
-    choose('masking', masking.MASKINGS, config.masking)
+    choose('masking', masking.MASKINGS, settings.masking)
     for key in ('save_every', 'eval_every'):
         if config[key] % config.log_every:
             raise UserError(f'{key} {config[key]} is not a multiple of log_every {config.log_every}.')
-    if 'nsp' in config.model.targets and config.pairing == 'single':
+    if settings.pairing != 'single' and config.model.embeddings.num_segments < 2:
+        raise UserError(f'pairing={settings.pairing} makes pairs, but model.embeddings.num_segments is '
+                        f'{config.model.embeddings.num_segments}: 2 or more are needed.')
+    if 'nsp' in config.model.targets and settings.pairing == 'single':
         raise UserError('pairing=single makes no sentence pairs, but the target nsp needs them; '
                         'use configs/pretrain.py:SIZE,no_nsp.')
 
@@ -201,15 +231,8 @@ def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         examples.check_batch_size(size, partition.data_devices(mesh), config.accumulation)
 
 
-def make_examples(config: ConfigDict, split: store.Split, data: store.Store, seed: int, max_length: int,
-                  packed: int = 0) -> examples.Examples:
-    """The stream of examples of one length."""
-    return examples.Examples(split, data.tokenizer, seed, max_length, config.pairing, config.masking,
-                             config.mask_rate, tuple(config.replacement), config.short_rate, packed)
-
-
-def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, examples.Examples], start: int,
-                  sharding: jax.sharding.Sharding) -> Iterator[batches.Batch]:
+def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, examples.Examples | examples.Mixture],
+                  start: int, sharding: jax.sharding.Sharding) -> Iterator[batches.Batch]:
     """This host's rows of every batch from step `start` to the end."""
     stream = choose('pipeline', batches.STREAMS, config.pipeline)
     for phase in phases:
@@ -219,7 +242,8 @@ def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, ex
         yield from stream(make, max(start, phase.first) - phase.first, phase.stop - phase.first)
 
 
-def _make_batch(source: examples.Examples, phase: Phase, rows: np.ndarray, step: int) -> batches.Batch:
+def _make_batch(source: examples.Examples | examples.Mixture, phase: Phase, rows: np.ndarray, step: int
+                ) -> batches.Batch:
     return source.batch(step, phase.batch_size, rows, phase.begin)
 
 
@@ -231,7 +255,8 @@ def make_evaluator(config: ConfigDict, data: store.Store, model: models.Model, m
 
     @functools.cache
     def held_out(length: int) -> tuple[list[batches.Batch], dict[str, float]]:
-        source = make_examples(config, data.held_out, data, examples.EVALUATION_SEED, length)
+        settings = config.examples.to_dict() | {'pack_lengths': 0, 'mixture': ()}
+        source = examples.mixed([data.held_out], data.tokenizer, examples.EVALUATION_SEED, length, **settings)
         count = min(config.eval_examples, source.epoch_size)
         made = [source.evaluation_batch(number, batch_size, count) for number in range(-(-count // batch_size))]
         return made, unigram_model(data, made)

@@ -88,13 +88,31 @@ def exact_match(truth: str, prediction: str) -> float:
     return float(normalize_answer(truth) == normalize_answer(prediction))
 
 
-def token_f1(truth: str, prediction: str) -> float:
-    """F1 over the words of both once normalised; where one is empty, whether both are."""
+def token_f1(truth: str, prediction: str, unanswerable: bool) -> float:
+    """F1 over the words of both once normalised.
+
+    Where both are empty (an answer 'the') it is 1 by SQuAD 2.0's rules (`unanswerable`), and 0 by those of 1.1.
+    """
     a, b = normalize_answer(truth).split(), normalize_answer(prediction).split()
     common = (collections.Counter(a) & collections.Counter(b)).total()
-    if not a or not b:
-        return float(a == b)
-    return 0.0 if not common else 2 * common / (len(a) + len(b))
+    if not common:
+        return float(unanswerable and a == b)
+    return 2 * common / (len(a) + len(b))
+
+
+def of_each_question(answers: Mapping[str, Sequence[str]], predictions: Mapping[str, str], unanswerable: bool
+                     ) -> dict[str, dict[str, float]]:
+    """{'exact', 'f1'}: id -> the best over its answers.
+
+    By SQuAD 2.0's rules (`unanswerable`) answers that normalise to nothing are none, and no answer is ''.
+    """
+    each = {'exact': {}, 'f1': {}}
+    for id_, gold in answers.items():
+        gold = [answer for answer in gold if normalize_answer(answer)] if unanswerable else gold
+        gold = gold or ['']
+        each['exact'][id_] = max(exact_match(answer, predictions[id_]) for answer in gold)
+        each['f1'][id_] = max(token_f1(answer, predictions[id_], unanswerable) for answer in gold)
+    return each
 
 
 def squad(answers: Mapping[str, Sequence[str]], predictions: Mapping[str, str],
@@ -110,13 +128,7 @@ def squad(answers: Mapping[str, Sequence[str]], predictions: Mapping[str, str],
       exact, f1; with null_odds also has_answer_* and no_answer_* and, over all thresholds of the odds, best_exact,
       best_exact_threshold, best_f1, best_f1_threshold (evaluate-v2.0.py).
     """
-    each = {'exact': {}, 'f1': {}}
-    for id_, gold in answers.items():
-        if null_odds is not None:
-            gold = [answer for answer in gold if normalize_answer(answer)]
-        gold = gold or ['']
-        for name, measure in (('exact', exact_match), ('f1', token_f1)):
-            each[name][id_] = max(measure(answer, predictions[id_]) for answer in gold)
+    each = of_each_question(answers, predictions, unanswerable=null_odds is not None)
     result = {name: 100 * float(np.mean(list(values.values()))) for name, values in each.items()}
     if null_odds is None:
         return result

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import paths, tf_bundle, weights
-from bert_jax.cli import UserError, unknown
+from bert_jax import cli, paths, tf_bundle, weights
+from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
+from bert_jax.tensor_files import Stored
 from bert_jax.weights import Pretrained
 
 SIZES = {  # the original's name -> part and name of ours
@@ -30,11 +31,11 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 def read(folder: pathlib.Path) -> Pretrained:
-    """Reads a folder with the heads that it has; optimizer slots are left out with a word.
+    """Reads a folder with the heads that it has; optimizer slots are left out with a note.
 
     Raises:
-      UserError: missing or damaged files, a variable that is missing or of another shape, a vocabulary that is
-        longer or shorter than its table.
+      UserError: missing or damaged files, sizes that no BERT has, a variable that is missing or of another shape, a
+        vocabulary that is longer or shorter than its table.
     """
     config = _read_config(folder)
     tokenizer = tokenizers.load(folder)
@@ -46,35 +47,25 @@ def read(folder: pathlib.Path) -> Pretrained:
     present = {'mlm': 'cls/predictions/output_bias', 'nsp': 'cls/seq_relationship/output_weights',
                'classification': 'output_weights', 'span': 'cls/squad/output_weights'}
     heads = tuple(head for head, name in present.items() if name in names)
-    classes = reader.entries['output_weights'].shape[0] if 'classification' in heads else 0
+    classes = (*reader.entries['output_weights'].shape, 0)[0] if 'classification' in heads else 0
     model = weights.model_config(config, SIZES, ACTIVATIONS[config['hidden_act']], heads, classes,
                                  dropout_rate=0.1)  # run_classifier.py's constant
-    pooler = 'bert/pooler/dense/kernel' in names
-    params = weights.empty_params(model, pooler)
-    wanted = {tensor.tf1: tensor for tensor in weights.tensors(model.encoder.num_layers, heads, pooler)}
-    for name, tensor in wanted.items():
-        if name not in names:
-            raise UserError(f'{prefix}: {name} is missing.')
-        array = _get(prefix, reader, name)
-        expected = weights.fill(params, tensor, array, tensor.tf1_transposed, config['vocab_size'])
-        if expected:
-            raise UserError(f'{prefix}: {name} is {array.shape}; bert_config.json asks for {expected}.')
-    slots = sorted(name for name in names - wanted.keys() if SLOTS.match(name))
-    rest = sorted(names - wanted.keys() - set(slots))
-    notes = [f'left out: {len(slots)} variables of the optimizer.'] if slots else []
-    notes += [f'left out, without a counterpart here: {", ".join(rest)}.'] if rest else []
+    slots = {name for name in names if SLOTS.match(name)}
+    stored = {name: Stored(entry.dtype.name, entry.shape, functools.partial(_get, prefix, reader, name))
+              for name, entry in reader.entries.items() if name not in slots}
+    params, rest = weights.read_params(model, 'tf1', stored, prefix, 'bert_config.json')
+    if slots:
+        cli.note(f'left out: {len(slots)} variables of the optimizer.')
+    if rest:
+        cli.note(f'left out, without a counterpart here: {", ".join(rest)}.')
     labels = tuple(f'LABEL_{i}' for i in range(classes))
-    return Pretrained(model, params, tokenizer, labels, {'source': f'TF1 checkpoint, {prefix}'}, notes)
+    return Pretrained(model, params, tokenizer, labels, {'source': f'TF1 checkpoint, {prefix}'})
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / 'bert_config.json'
     config = paths.read_json(file)
-    missing = [key for key in (*SIZES, 'hidden_act') if key not in config]
-    if missing:
-        raise UserError(f'{file}: lacks {", ".join(missing)}.')
-    if config['hidden_act'] not in ACTIVATIONS:
-        raise unknown('hidden_act in bert_config.json', config['hidden_act'], ACTIVATIONS)
+    weights.check_sizes(config, file, SIZES, ACTIVATIONS)
     return config
 
 
@@ -83,6 +74,8 @@ def _open(folder: pathlib.Path) -> tuple[str, tf_bundle.Reader]:
     if len(prefixes) != 1:
         found = ', '.join(prefixes) or 'none'
         raise UserError(f'{folder}: one checkpoint (NAME.index, NAME.data-*) is expected there; found: {found}.')
+    for file in folder.glob(f'{pathlib.Path(prefixes[0]).name}.*'):
+        paths.refuse_pointer(file)
     try:
         return prefixes[0], tf_bundle.Reader(prefixes[0])
     except tf_bundle.Damaged as error:
@@ -98,23 +91,23 @@ def _get(prefix: str, reader: tf_bundle.Reader, name: str) -> np.ndarray:
         raise UserError(f'{error.filename}: {error.strerror}.') from error
 
 
-def write(model: Pretrained, folder: pathlib.Path) -> list[str]:
-    """Writes a folder with the original code's variable names; says what has no counterpart there."""
-    notes = []
+def write(model: Pretrained, folder: pathlib.Path) -> None:
+    """Writes a folder with the original code's variable names; notes what has no counterpart there."""
     if model.tokenizer.kind != 'wordpiece':
-        notes.append('the original code reads vocab.txt only; tokenizer.model stands in its place.')
+        cli.note('the original code reads vocab.txt only; tokenizer.model stands in its place.')
     activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}.get(model.model.encoder.activation)
     if activation is None:
         activation = 'gelu'
-        notes.append(f'activation {model.model.encoder.activation} (erf) does not exist in the original code; its '
-                     "'gelu', the tanh form, is written: outputs differ in the fourth digit.")
+        cli.note(f'activation {model.model.encoder.activation} (erf) does not exist in the original code; its '
+                 "'gelu', the tanh form, is written: outputs differ in the fourth digit.")
     heads = {tensor.ours.split('/')[0] for tensor in weights.of(model) if tensor.tf1 is None}
     heads |= {f'targets_{target}' for target in model.model.targets if target not in weights.HEADS}
-    notes += [f'left out, the original code has no such head: {head.removeprefix("targets_")}.'
-              for head in sorted(heads)]
+    for head in sorted(heads):
+        cli.note(f'left out, the original code has no such head: {head.removeprefix("targets_")}.')
     if model.labels:
-        notes.append('the original code keeps no label names; labels.txt has them.')
+        cli.note('the original code keeps no label names; labels.txt has them.')
         (folder / 'labels.txt').write_text('\n'.join(model.labels) + '\n')
+
     def array_of(tensor: weights.Tensor) -> np.ndarray:
         array = weights.view(model.params, tensor, model.tokenizer.vocab_size)
         return weights.matrix(tensor, array, tensor.tf1_transposed)
@@ -125,4 +118,3 @@ def write(model: Pretrained, folder: pathlib.Path) -> list[str]:
     config |= {'hidden_act': activation, 'initializer_range': 0.02}
     (folder / 'bert_config.json').write_text(json.dumps(dict(sorted(config.items())), indent=2) + '\n')
     model.tokenizer.save(folder)
-    return notes

@@ -19,7 +19,8 @@ Which choices for which language:
 import argparse
 import io
 import pathlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 import tokenizers
@@ -94,14 +95,48 @@ class _Sentences:
 def _train_wordpiece(sentences: _Sentences, args: argparse.Namespace, folder: pathlib.Path) -> None:
     options = {'do_lower_case': args.lowercase, 'strip_accents': args.strip_accents,
                'tokenize_chinese_chars': args.split_cjk}
-    backend = tokenizer.wordpiece(SPECIALS, **options)
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=args.vocab_size, special_tokens=list(SPECIALS), show_progress=False)
-    backend.train_from_iterator(sentences, trainer)
-    ids = backend.get_vocab()
-    pieces = sorted(ids, key=ids.__getitem__)
+    found = _trained(sentences, options, SPECIALS, len(SPECIALS))
+    alphabet = sorted(set(found) - set(SPECIALS), key=_first_forms_first)
+    if len(SPECIALS) + len(alphabet) > args.vocab_size:
+        alphabet = _most_frequent(sentences, options, alphabet, args.vocab_size - len(SPECIALS))
+    pieces = [*SPECIALS, *alphabet]
+    if len(pieces) < args.vocab_size - 1:
+        # The trainer numbers pieces as it meets them, in the order of a hash map, and breaks ties by those numbers:
+        # given the alphabet as it is, the same text gives the same vocabulary.
+        ids = _trained(sentences, options, pieces, args.vocab_size)
+        pieces = sorted(ids, key=ids.__getitem__)
     (folder / 'vocab.txt').write_text('\n'.join(pieces) + '\n', encoding='utf-8')
     store.write_json(folder / 'tokenizer_config.json', options)
+
+
+def _trained(sentences: Iterable[str], options: dict[str, bool], specials: Sequence[str], size: int) -> dict[str, int]:
+    """The library's vocabulary of `size` entries, which begins with `specials`."""
+    backend = tokenizer.wordpiece(specials, **options)
+    backend.train_from_iterator(sentences, tokenizers.trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=list(specials), show_progress=False))
+    return backend.get_vocab()
+
+
+def _first_forms_first(piece: str) -> tuple[bool, str]:
+    return piece.startswith('##'), piece
+
+
+def _most_frequent(sentences: Iterable[str], options: dict[str, bool], alphabet: Sequence[str], room: int) -> list[str]:
+    """As many of the alphabet's pieces, those of the most frequent characters first; says what is left out."""
+    normalizer, counts, known = tokenizer.wordpiece(SPECIALS, **options).normalizer, Counter(), set(alphabet)
+    for sentence in sentences:
+        counts.update(normalizer.normalize_str(sentence))
+    kept, lost = set(), Counter()
+    for letter in sorted(counts, key=lambda letter: (-counts[letter], letter)):
+        pieces = {letter, f'##{letter}'} & known
+        if len(kept) + len(pieces) <= room and not lost:
+            kept |= pieces
+        elif pieces:
+            lost[letter] = counts[letter]
+    cli.note(f'the text has {len(alphabet):,} single characters and forms of them, more than --vocab_size holds: '
+             f'{len(lost):,} characters, {lost.total() / counts.total():.2%} of the text, are in no entry and become '
+             f'[UNK]; --vocab_size {len(alphabet) + len(SPECIALS):,} holds all.')
+    return sorted(kept, key=_first_forms_first)
 
 
 def _train_sentencepiece(sentences: _Sentences, args: argparse.Namespace, folder: pathlib.Path) -> None:

@@ -6,15 +6,20 @@ Hugging Face's names are those of transformers' modeling_bert.py; TF1's those of
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from bert_jax import cli
+from bert_jax.cli import UserError, unknown
 from bert_jax.data.tokenizer import Tokenizer
 from bert_jax.model import model as models
+from bert_jax.tensor_files import FLOATS, Stored
 
 
 @dataclasses.dataclass
@@ -27,7 +32,6 @@ class Pretrained:
       tokenizer: the one its ids belong to.
       labels: class names, () without a classifier.
       about: for the model card: 'source', and where known 'step', 'scores', 'config'.
-      notes: what was left out or changed on the way here, for people.
     """
 
     model: ConfigDict
@@ -35,7 +39,6 @@ class Pretrained:
     tokenizer: Tokenizer
     labels: tuple[str, ...] = ()
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
-    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,32 @@ def _expand(rows: tuple, layer: int | None = None) -> Iterator[Tensor]:
                          None if tf1 is None else (tf1 + tf1_end).lstrip('/'), huggingface_transposed, tf1_transposed)
 
 
+def check_sizes(config: Any, file: pathlib.Path, sizes: dict[str, tuple[str, str]], activations: Iterable[str]) -> None:
+    """Refuses a config of another format that lacks a size, or has one that no BERT can have.
+
+    Args:
+      config: what `file` holds.
+      sizes: its keys -> part and name of ours.
+      activations: what hidden_act may be.
+    """
+    if not isinstance(config, dict):
+        raise UserError(f'{file}: a JSON object is expected, it holds a {type(config).__name__}.')
+    missing = [key for key in (*sizes, 'hidden_act') if key not in config]
+    if missing:
+        raise UserError(f'{file}: lacks {", ".join(dict.fromkeys(missing))}.')
+    for key, (_, name) in sizes.items():
+        value, number = config[key], isinstance(config[key], (int, float)) and not isinstance(config[key], bool)
+        if name.endswith('_rate') and not (number and 0 <= value < 1):
+            raise UserError(f'{file}: {key} is {value!r}; a number from 0 to below 1 is expected.')
+        if key != 'hidden_act' and not name.endswith('_rate') and not (type(value) is int and 0 < value < 1 << 31):
+            raise UserError(f'{file}: {key} is {value!r}; a whole number above 0 is expected.')
+    if config['hidden_act'] not in list(activations):
+        raise unknown(f'hidden_act in {file}', config['hidden_act'], activations)
+    if config['hidden_size'] % config['num_attention_heads']:
+        raise UserError(f'{file}: hidden_size {config["hidden_size"]} is not a multiple of num_attention_heads '
+                        f'{config["num_attention_heads"]}.')
+
+
 def model_config(found: dict[str, Any], sizes: dict[str, tuple[str, str]], activation: str, heads: tuple[str, ...],
                  num_classes: int, dropout_rate: float) -> ConfigDict:
     """What `models.build` takes, of a config of another format.
@@ -144,14 +173,89 @@ def model_config(found: dict[str, Any], sizes: dict[str, tuple[str, str]], activ
     return model
 
 
+def max_length(model: Pretrained) -> int:
+    """The tokens that a model reads: its fine-tuning's max_length, else its positions."""
+    return model.about.get('config', {}).get('max_length', model.model.embeddings.max_length)
+
+
+def check_labels(labels: Sequence[str], classes: int, where: str) -> None:
+    """Refuses label names that are not one for each class of a head, or are not different."""
+    if len(labels) != classes:
+        raise UserError(f'{where}: has {len(labels)} labels, but the head {classes} classes.')
+    twice = next((label for i, label in enumerate(labels) if label in labels[:i]), None)
+    if twice is not None:
+        raise UserError(f'{where}: the label {twice!r} names two classes.')
+
+
 def of(model: Pretrained) -> list[Tensor]:
     """The arrays of a model that have names elsewhere."""
     heads = tuple(head for head in HEADS if head in model.model.targets)
     return list(tensors(model.model.encoder.num_layers, heads, 'pooler' in model.params))
 
 
-def empty_params(model: ConfigDict, pooler: bool) -> Any:
-    """A parameter tree of zeros for a config, with a pooler even where no target reads it."""
+def read_params(model: ConfigDict, form: str, stored: Mapping[str, Stored], where: str, config_file: str
+                ) -> tuple[Any, list[str]]:
+    """The parameter tree of arrays in another format, and the names there that are no part of it.
+
+    All names, types and shapes are compared before an array is read.
+
+    Args:
+      model: what `models.build` takes; with a pooler where a target reads it or it is there.
+      form: 'huggingface' or 'tf1'.
+      stored: that format's names -> its arrays.
+      where, config_file: for messages.
+
+    Raises:
+      UserError: an array that is missing, not of floats or of another shape, is no part of a BERT of this config, or
+        holds numbers that are not finite.
+    """
+    core = {'huggingface': 'bert.', 'tf1': 'bert/'}[form]
+    pooler = any(name.startswith(f'{core}pooler') for name in stored)
+    heads = tuple(head for head in HEADS if head in model.targets)
+    wanted = {}
+    for tensor in tensors(model.encoder.num_layers, heads, pooler):
+        name = getattr(tensor, form)
+        if name not in stored:
+            raise UserError(f'{where}: {name} is missing{_others(core, stored)}.')
+        wanted[name] = tensor
+    params, vocab_size = _empty_params(model, pooler), model.embeddings.vocab_size
+    if 'pooler' in params and not pooler:
+        raise UserError(f'{where}: {core}pooler is missing; a head there ({", ".join(heads)}) reads it.')
+    for name, tensor in wanted.items():
+        if stored[name].dtype not in FLOATS.values():
+            raise UserError(f'{where}: {name} is {stored[name].dtype}; only weights that are floats are read '
+                            f'({", ".join(FLOATS.values())}), no quantized ones.')
+        shape = _flat_shape(tensor, view(params, tensor, vocab_size).shape)
+        shape = shape[::-1] if getattr(tensor, f'{form}_transposed') else shape
+        if stored[name].shape != shape:
+            raise UserError(f'{where}: {name} is {stored[name].shape}; {config_file} asks for {shape}.')
+    rest = sorted(stored.keys() - wanted.keys())
+    strange = [name for name in rest if name.startswith(core)]
+    if strange:
+        raise UserError(f'{where}: {", ".join(strange[:3])} ({len(strange)} tensors) are no part of a BERT with '
+                        f'{model.encoder.num_layers} layers, as {config_file} describes it.')
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+    for name, tensor in wanted.items():
+        with np.errstate(over='ignore'):  # float64 beyond float32 is infinite there
+            array = stored[name].read().astype(np.float32, copy=False)
+        if not np.isfinite(array).all():
+            raise UserError(f'{where}: {name} holds numbers that are not finite (NaN, infinite) in float32.')
+        target = view(params, tensor, vocab_size)
+        target[...] = (array.T if getattr(tensor, f'{form}_transposed') else array).reshape(target.shape)
+    for kind in sorted({stored[name].dtype for name in wanted} - {'float32'}):
+        lost = ', which keeps fewer digits' if kind == 'float64' else ''
+        cli.note(f'weights are {kind} there; converted to float32{lost}.')
+    return params, rest
+
+
+def _others(core: str, names: Iterable[str]) -> str:
+    """What the tensors of another model begin with."""
+    found = sorted({re.split('[./]', name)[0] for name in names})
+    return '' if core[:-1] in found else f'; what is there begins with {", ".join(found[:5]) or "nothing"}'
+
+
+def _empty_params(model: ConfigDict, pooler: bool) -> Any:
+    """A config's parameter tree of zeros that take no memory, with a pooler even where no target reads it."""
     batch = {name: np.zeros((1, 4), np.int32) for name in (
         'input_ids', 'input_mask', 'segment_ids', 'position_ids', 'masked_lm_positions')}
     batch |= {'cls_positions': np.zeros((1, 1), np.int32), 'is_real_example': np.ones(1, np.int32)}
@@ -159,12 +263,11 @@ def empty_params(model: ConfigDict, pooler: bool) -> Any:
         batch = {name: np.repeat(x, model.targets.multiple_choice.num_choices, 0) for name, x in batch.items()}
     module = models.build(model)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), batch, train=False))['params']
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    if pooler and 'pooler' not in params:
+    if pooler and 'pooler' not in shapes:
         width = model.embeddings.hidden_size
-        params['pooler'] = {'dense': {'kernel': np.zeros((width, width), np.float32),
-                                      'bias': np.zeros(width, np.float32)}}
-    return params
+        shapes['pooler'] = {'dense': {name: jax.ShapeDtypeStruct(shape, np.float32)
+                                      for name, shape in (('kernel', (width, width)), ('bias', (width,)))}}
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
 
 
 def view(params: Any, tensor: Tensor, vocab_size: int) -> np.ndarray:
@@ -187,16 +290,6 @@ def matrix(tensor: Tensor, array: np.ndarray, transposed: bool) -> np.ndarray:
     """One of our arrays as others keep it: at most two axes, [out, in] when transposed."""
     array = array.reshape(_flat_shape(tensor, array.shape))
     return np.ascontiguousarray(array.T if transposed else array)
-
-
-def fill(params: Any, tensor: Tensor, array: np.ndarray, transposed: bool, vocab_size: int) -> tuple[int, ...] | None:
-    """Writes an array of another format into our tree; when it does not fit, the shape it should have had."""
-    target = view(params, tensor, vocab_size)
-    expected = _flat_shape(tensor, target.shape)[::-1 if transposed else 1]
-    if array.shape != expected:
-        return expected
-    target[...] = (array.T if transposed else array).reshape(target.shape)
-    return None
 
 
 def _flat_shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:

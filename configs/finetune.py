@@ -18,8 +18,8 @@ FEATURES = {'features': '', 'lstm_size': 768}
 GLUE = ('cola', 'sst2', 'mrpc', 'stsb', 'qqp', 'mnli', 'qnli', 'rte', 'wnli')
 TASKS = {
     'classification': TEXTS, 'multilabel': TEXTS, 'regression': TEXTS,
-    'tagging': {**FILES, 'word_column': '', 'tag_column': '', 'scheme': 'iob2', 'document_context': False,
-                'labels': (), **FEATURES},
+    'tagging': {**FILES, 'word_column': '', 'tag_column': '', 'sentence_column': '', 'scheme': 'iob2',
+                'document_context': False, 'labels': (), **FEATURES},
     'span': {**SPANS, 'question_column': 'question', 'passage_column': 'passage', 'answer_column': 'answer',
              'answer_start_column': 'answer_start', 'id_column': 'id'},
     'squad1': SPANS, 'squad2': {**SPANS, 'null_answers': True},
@@ -55,6 +55,7 @@ def get_config(task='classification'):
     c.num_lengths = 4               # else: static lengths that batches are cut to, chosen from the data
     c.batch_size = paper['batch_size']
     c.epochs = paper['epochs']
+    c.keep_head = 'auto'            # a head of the same kind and labels is kept; True: it must be; False: a fresh one
     c.dropout_rate = 0.1
     c.dtype = 'float32'
     c.model = ConfigDict()          # filled in from init_from

@@ -22,17 +22,20 @@ def get_config(arg='base'):
     layers, width, heads = SIZES[size]
 
     c = ConfigDict()
-    c.store = ''                    # made by bert_jax.prepare
+    c.store = ''                    # made by bert_jax.prepare; several with commas between them
     c.init_from = ''                # a workdir, Hugging Face or TF1 folder to go on from, for in-domain pre-training
     c.seed = 0
 
     c.phases = ((900_000, 128, 256), (100_000, 512, 256))
-    c.pairing = 'single' if 'no_nsp' in options else 'next_sentence'
-    c.masking = 'whole_word' if 'whole_word' in options else 'token'
-    c.mask_rate = 0.15
-    c.replacement = (0.8, 0.1)      # [MASK], a random token; the rest keeps its own
-    c.short_rate = 0.1              # documents cut to a random shorter length
-    c.packed = 1 if 'packed' in options else 0  # rows of so many lengths hold several examples; 0: one a row
+    c.examples = ConfigDict({
+        'name': 'documents',
+        'pairing': 'single' if 'no_nsp' in options else 'next_sentence',
+        'masking': 'whole_word' if 'whole_word' in options else 'token',
+        'mask_rate': 0.15,
+        'replacement': (0.8, 0.1),  # [MASK], a random token; the rest keeps its own
+        'short_rate': 0.1,          # documents cut to a random shorter length
+        'pack_lengths': 1 if 'packed' in options else 0,  # rows of so many lengths hold several examples; 0: one a row
+        'mixture': ()})             # of several stores, rows of each in turn, (3, 1) say; (): as many of each
     c.pipeline = 'tf'               # or 'thread', without tensorflow
 
     c.model = model(layers, width, heads, dropout_rate=0.1, max_length=512)

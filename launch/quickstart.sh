@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-corpus=stdlib: held_out=0.05 run=
+corpus=stdlib: held_out= run=
 while [ $# -gt 0 ]; do
   case $1 in
     --corpus) corpus=${2:?--corpus needs a file or a glob}; shift 2 ;;
@@ -28,6 +28,13 @@ mkdir -p "$run"
 [ -e "$run/corpus" ] || echo "$corpus" > "$run/corpus"
 [ "$(cat "$run/corpus")" = "$corpus" ] || {
   echo "error: $run holds a run on $(cat "$run/corpus"); give another --run DIR, or delete it." >&2; exit 2; }
+[ -e "$run/held_out" ] || echo "${held_out:-0.05}" > "$run/held_out"
+if [ -n "$held_out" ] && [ "$(cat "$run/held_out")" != "$held_out" ]; then
+  [ ! -e "$run/pretrain/checkpoints" ] || {
+    echo "error: $run was pre-trained with --held_out $(cat "$run/held_out"); give another --run DIR, or delete it." >&2; exit 2; }
+  rm -rf "$run/store" # nothing was trained on it yet: the documents are divided anew
+  echo "$held_out" > "$run/held_out"
+fi
 stage() { printf '\n== %s\n' "$*"; }
 finished() { [ -e "$1" ] && echo "already there: $1"; }
 
@@ -35,7 +42,7 @@ stage "1. a vocabulary of 4,096 pieces"
 finished "$run/vocab" || python -m bert_jax.vocab --input "$corpus" --vocab_size 4096 --lowercase --strip_accents --split_cjk --output "$run/vocab"
 
 stage "2. the token store"
-finished "$run/store/store.json" || python -m bert_jax.prepare --input "$corpus" --tokenizer "$run/vocab" --output "$run/store" --held_out "$held_out"
+finished "$run/store/store.json" || python -m bert_jax.prepare --input "$corpus" --tokenizer "$run/vocab" --output "$run/store" --held_out "$(cat "$run/held_out")"
 
 stage "3. pre-training a BERT-tiny: masked words and next sentences, 128 tokens, then 512"
 finished "$run/pretrain/results.json" || python -m bert_jax.pretrain --config configs/quickstart.py \

@@ -117,7 +117,8 @@ setup() {
 
 start() {
   local said
-  said=$(everywhere "bash bert_jax/launch/worker.sh start $(printf '%q ' "$store" "$workdir" "$@")") ||
+  # BERT_JAX_RUN: a workdir that this slice's earlier workers have not let go is its own all the same
+  said=$(everywhere "BERT_JAX_RUN=$name bash bert_jax/launch/worker.sh start $(printf '%q ' "$store" "$workdir" "$@")") ||
     fail "$name: the run did not start on every worker (above)."
   echo "$said"
   case $dry$said in

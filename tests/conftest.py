@@ -132,7 +132,7 @@ def store(store_path: pathlib.Path):
 
 
 AS_IN_THE_PAPER = {'pairing': 'next_sentence', 'masking': 'token', 'mask_rate': 0.15, 'replacement': (0.8, 0.1), 'short_rate': 0.1,
-                   'packed': 0}  # of examples
+                   'pack_lengths': 0}  # of examples
 TINY = ['--config.phases=((6,64,8),(4,96,8))', '--config.model.encoder.num_layers=2',
         '--config.model.embeddings.hidden_size=32', '--config.model.encoder.num_heads=2',
         '--config.model.embeddings.max_length=128', '--config.schedule.warmup_share=0.2',

@@ -9,7 +9,7 @@ import pytest
 from conftest import call_module, expect_error
 from models import L, batch, build, packed_batch, random_params
 
-from bert_jax.model import encoders, layers
+from bert_jax.model import encoders, kernels
 
 ON_GPU = jax.default_backend() == 'gpu'
 
@@ -35,7 +35,7 @@ def test_fused_attention_gives_the_same_losses_and_gradients(example, implementa
 
     expected = value_and_gradient(plain)
     monkeypatch.setattr(encoders, 'choose_attention', lambda *_: 'cudnn')  # any but 'xla' goes the fused way
-    monkeypatch.setattr(layers, 'fused_attention', functools.partial(as_implementation, implementation, layers.fused_attention))
+    monkeypatch.setattr(kernels, 'fused_attention', functools.partial(as_implementation, implementation, kernels.fused_attention))
     found = value_and_gradient(fused)
     tolerance = {'float32': {'rtol': 1e-5, 'atol': 1e-6}, 'bfloat16': {'rtol': 2e-2, 'atol': 2e-2}}[dtype]
     close = functools.partial(np.testing.assert_allclose, **tolerance)

@@ -72,6 +72,11 @@ def tf1_folder(folder, variables, **config):
     folder.mkdir()
     tf.raw_ops.SaveV2(prefix=str(folder / 'bert_model.ckpt'), tensor_names=list(variables),
                       shape_and_slices=[''] * len(variables), tensors=list(variables.values()))
+    return describe_tf1(folder, **config)
+
+
+def describe_tf1(folder, **config):
+    """Sizes and vocabulary of a TF1 folder."""
     (folder / 'bert_config.json').write_text(json.dumps({
         'vocab_size': 67, 'hidden_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'intermediate_size': 80,
         'hidden_act': 'gelu', 'max_position_embeddings': 40, 'type_vocab_size': 2, 'hidden_dropout_prob': 0.1,

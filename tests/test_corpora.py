@@ -1,6 +1,10 @@
+import bz2
 import gzip
 import json
+import lzma
+import time
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -122,3 +126,84 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / 'a.txt.gz').write_bytes(b'not gzip')
     with pytest.raises(UserError, match='cannot be read'):
         read(tmp_path / 'a.txt.gz')
+
+
+WIKI = ('{"id": "12", "url": "u", "title": "A", "text": "One is here. Two is there.\\nThree follows."}\n'
+        '{"id": "25", "url": "u", "title": "B", "text": "Four."}\n')
+DOCS = ('<doc id="12" url="u" title="A &amp; B">\nA & B\n\nOne is here. Two is there.\nThree follows.\n\n</doc>\n'
+        '<doc id="25" url="u" title="C">\nFour.\n</doc>\n')
+
+
+@pytest.mark.parametrize('name, content', [('wiki_00', WIKI), ('wiki_01', DOCS), ('wiki.txt', DOCS)])
+@pytest.mark.parametrize('pack', [None, gzip, bz2, lzma])
+def test_what_a_file_is_follows_from_its_content(tmp_path, name, content, pack):
+    """WikiExtractor's two forms, packed or not, whatever the ending."""
+    data = content.encode()
+    (tmp_path / name).write_bytes(pack.compress(data) if pack else data)
+    assert read(tmp_path / name) == [['One is here.', 'Two is there.', 'Three follows.'], ['Four.']]
+
+
+def test_prose_that_begins_like_something_else_is_prose(tmp_path):
+    for text in ('{ a brace } in prose.\nMore.\n', '{"quoted"} words\nMore.\n', '<documents> in angles\nMore.\n', 'BZ is short\nMore.\n', '[1] a note\nMore.\n'):
+        (tmp_path / 'a.txt').write_text(text)
+        assert read(tmp_path / 'a.txt') == [text.split('\n')[:2]]
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('a.csv', b'text,label\na,b\n', 'a table; give its texts as JSON lines'), ('a.tsv.gz', gzip.compress(b'a\tb\n', mtime=0), 'a table'),
+    ('a.txt', b'\x28\xb5\x2f\xfd\x04\x00', 'packed with zstd'), ('a.txt', b'PK\x03\x04\x14\x00', 'a zip archive'),
+    ('a.txt', 'text\n'.encode('utf-16'), 'UTF-16; iconv'), ('a.txt', 'text\n'.encode('utf-16-le'), r'binary data \(it holds zero bytes\)'),
+    ('a.txt', b'%PDF-1.7 x', 'a PDF'), ('dump', b'<mediawiki xmlns="x">\n<page>\n', 'WikiExtractor does for Wikipedia'),
+    ('a.json', b'[\n {"text": "a"}]', 'a JSON array; JSON lines'), ('a.txt.bz2', b'plain', 'by its name it is packed, but it is not'),
+    ('a.jsonl', b'plain text\nmore\n', r'a\.jsonl:1: not JSON'), ('wiki', b'<doc id="1">\na\n</doc>\nstray\n', 'text outside of <doc>'),
+    ('a.txt', 'Où est la forêt ? Là-bas, près de la rivière gelée.\n'.encode('latin-1') * 9, r'is not: iconv -f ENCODING')])
+def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / name)
+
+
+def plain_split(text):
+    """The sentence rule, written down as it is meant: each end is looked at with all that stands before it."""
+    text, sentences, start = ' '.join(text.split()), [], 0
+    for match in corpora.SENTENCE_END.finditer(text):
+        piece = text[start:match.end()].strip()
+        if piece and not ((match['next'] or '').islower() or corpora.ABBREVIATION.search(piece)):
+            sentences, start = [*sentences, piece], match.end()
+    return [*sentences, *([text[start:].strip()] if text[start:].strip() else [])]
+
+
+def test_sentences_of_any_text_are_those_of_the_rule():
+    rng = np.random.default_rng(0)
+    words = ['Mr.', 'e.g.', 'a.', 'B.', 'Prof.', 'so.', 'end!', '"Yes."', '(no?)', '好。', '”', 'Then', 'it', '1', 'etc.', 'Lt. Ltd.', 'xCapt.', '...']
+    for _ in range(2000):
+        text = ''.join(word + ' ' * rng.integers(0, 2) for word in rng.choice(words, rng.integers(1, 12)))
+        assert corpora.split_sentences(text) == plain_split(text), text
+
+
+def grows(make):
+    """How much longer four times as much takes."""
+    def seconds(size):
+        start = time.process_time()
+        make(size)
+        return time.process_time() - start
+
+    return min(seconds(4) for _ in range(3)) / min(seconds(1) for _ in range(3))
+
+
+def test_reading_takes_as_long_as_the_text_is(tmp_path, monkeypatch):
+    """Sixteen times as long for four times as much, where each block, or each sentence, is looked at from the beginning."""
+    assert grows(lambda n: corpora.split_sentences('a. b. c. ' * 15_000 * n)) < 9
+    assert grows(lambda n: corpora.split_sentences('Mr. A. ' * 15_000 * n)) < 9
+    monkeypatch.setattr(corpora, 'BLOCK_BYTES', 4096)
+    for n in (1, 4):
+        (tmp_path / f'{n}.txt').write_text('one line of it\n' * 150_000 * n)
+    assert grows(lambda n: [len(block.content) for block in corpora.Reader().blocks(str(tmp_path / f'{n}.txt'))]) < 9
+
+
+def test_a_gap_that_two_blocks_share_parts_documents(tmp_path, monkeypatch):
+    text = b'a\nb\n \t \n\nc\n\n\n   \nd\ne'
+    (tmp_path / 'a.txt').write_bytes(text)
+    for size in range(1, len(text) + 1):
+        monkeypatch.setattr(corpora, 'BLOCK_BYTES', size)
+        assert read(tmp_path / 'a.txt') == [['a', 'b'], ['c'], ['d', 'e']], size

@@ -112,7 +112,7 @@ def test_how_many_places_are_predicted(length, rate, counts):
 
 def test_plans_of_old_epochs_are_forgotten(store):
     """The first, the one before and the present one are kept, whatever the number of epochs."""
-    source = make(store, packed=1)
+    source = make(store, pack_lengths=1)
     for epoch in range(6):
         source.make(epoch, np.arange(4))
     assert sorted(source._cache) == [(what, epoch) for what in ('plan', 'rows') for epoch in (0, 4, 5)]
@@ -164,7 +164,7 @@ def test_the_pipelines_give_exactly_the_batches(store, monkeypatch, stream, ther
         batches.import_tensorflow().join()
     else:
         alive = iter([True, True, not there] + [not there] * 9)
-        monkeypatch.setattr(batches, 'import_tensorflow', lambda: type('Thread', (), {'is_alive': lambda self: next(alive)})())
+        monkeypatch.setattr(batches, 'import_tensorflow', lambda: type('Thread', (), {'is_alive': lambda self: next(alive), 'join': lambda self: None})())
     given = list(batches.STREAMS[stream](lambda step: source.batch(step, 8), 3, 12))
     assert len(given) == 9
     for step, batch in zip(range(3, 12), given):
@@ -386,3 +386,28 @@ def test_unknown_masking_lists_the_known(store):
     source = dataclasses.replace(make(store), masking='wholeword')
     with pytest.raises(UserError, match="Unknown masking 'wholeword'; known: whole_word, token"):
         source.make(0, np.arange(1))
+
+
+def test_a_mixture_has_every_row_of_each_stream_once_in_its_share(store):
+    one, other = make(store, 64), make(store, 64, split=store.held_out)
+    mixed = examples.Mixture((one, other), (3, 1), seed=5)
+    source, number = mixed.origin(np.arange(4000))
+    for start in range(0, 4000, 4):
+        assert np.bincount(source[start:start + 4]).tolist() == [3, 1]
+    for k in (0, 1):
+        assert np.array_equal(number[source == k], np.arange((3000, 1000)[k]))  # in order, none twice, none left out
+    assert len(set(np.flatnonzero(source) % 4)) == 4                             # not always at the same place
+    numbers = np.array([7, 2, 4001, 900])
+    batch, (source, number) = mixed.at(numbers), mixed.origin(numbers)
+    for row in range(4):  # each row is the stream's own
+        alone = (one, other)[source[row]].at(number[row:row + 1])
+        assert all(np.array_equal(alone[name][0], batch[name][row]) for name in batch)
+    whole = mixed.batch(3, 8, begin=16)
+    halves = [mixed.batch(3, 8, rows, begin=16) for rows in (np.arange(4), np.arange(4, 8))]  # of two hosts
+    assert all(np.array_equal(np.concatenate([half[name] for half in halves]), whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize('mixture', [(1,), (0, 1), (1, 1, 1)])
+def test_a_mixture_that_does_not_fit_its_stores_is_refused(store, mixture):
+    with pytest.raises(UserError, match='for each of the 2 stores'):
+        examples.mixed([store.train, store.held_out], store.tokenizer, 0, 64, name='documents', mixture=mixture, **AS_IN_THE_PAPER)

@@ -106,7 +106,7 @@ def test_the_last_four_of_three_layers_are_refused(tmp_path):
 def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, folder, tmp_path):
     c = config('conll2003', folder, make('conll2003', tmp_path), 'epochs=30.0', 'evals_per_epoch=1', f'task.features={features}',
                'task.lstm_size=24', 'task.document_context=False', 'schedule.peak=1e-2')
-    job = finetune.Job(c)
+    job = finetune.Job(c, finetune.read_task(c))
     state = job.init(0)
     slots = {'/'.join(str(getattr(key, 'key', '')) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
     assert not any('encoder' in name or 'embeddings' in name for name in slots) and any('targets_bilstm' in name for name in slots)
@@ -130,7 +130,7 @@ def test_too_few_layers_for_a_row_of_table_7(model, tmp_path):  # noqa: F811
     small = peers.save(peers.model(num_hidden_layers=3, max_position_embeddings=64), tmp_path / 'small')
     c.init_from = str(small)
     with pytest.raises(UserError, match='concat_last4: .* has 3 layers, 4 or more are needed'):
-        finetune.Job(c)
+        finetune.Job(c, finetune.read_task(c))
 
 
 def test_which_layers_each_row_of_table_7_takes():

@@ -67,9 +67,11 @@ def test_learns_what_there_is_to_learn_and_writes_it_down(tuned):
     results = json.loads((work / 'results.json').read_text())
     assert results['dev/accuracy'] > 0.9 > results['dev/majority_accuracy']
     lines = (work / 'predictions_dev.tsv').read_text().splitlines()
-    assert lines[0].split('\t') == ['index', 'prediction', 'label', 'p(eggs)', 'p(ham)', 'p(spam)']
+    assert lines[0].split('\t') == ['index', 'where', 'prediction', 'label', 'text', 'p(eggs)', 'p(ham)', 'p(spam)']
     table = [line.split('\t') for line in lines[1:]]
-    assert [int(r[0]) for r in table] == list(range(41)) and [r[2] for r in table] == [label for _, label in rows(41, 1)]
+    assert [int(r[0]) for r in table] == list(range(41)) and [(r[4], r[3]) for r in table] == rows(41, 1)
+    assert [r[1].rpartition(':')[2] for r in table] == [str(2 + i) for i in range(41)] and 'dev.csv:' in table[0][1]
+    table = [r[1:] for r in table]  # prediction and label at 1 and 2
     accuracy = np.mean([r[1] == r[2] for r in table])
     assert accuracy == pytest.approx(results['dev/accuracy'])
     f1 = sklearn.metrics.f1_score([r[2] for r in table], [r[1] for r in table], labels=['eggs', 'ham', 'spam'], average=None)
@@ -97,13 +99,15 @@ def test_restarts_from_a_workdir_begin_with_the_same_weights(pretrained, tmp_pat
 def test_positions_that_pretraining_never_saw_are_said_and_remat_is_this_runs_own(pretrained, tmp_path, capfd):
     train = write(tmp_path / 'train.csv', [(f'{text} ' * (25 if i else 1), label) for i, (text, label) in enumerate(rows(30))])
     for length, said in ((96, False), (128, True)):
-        job = finetune.Job(load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full'))
+        c = load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full')
+        job = finetune.Job(c, finetune.read_task(c))
         assert ('was trained on up to 96 tokens' in capfd.readouterr().err) == said
     assert job.model_config.encoder.remat == 'full' and job.source.model.encoder.remat == 'none'
 
 
 def test_a_dev_loss_that_is_not_finite_ends_the_run_as_one_in_training_does(pretrained, tmp_path):
-    job = finetune.Job(load_config(pretrained, write(tmp_path / 'train.csv', rows(30))))
+    c = load_config(pretrained, write(tmp_path / 'train.csv', rows(30)))
+    job = finetune.Job(c, finetune.read_task(c))
     params = jax.tree.map(lambda x: x * np.nan, job.init(0).params)
     with pytest.raises(train.Diverged, match='The loss on dev is not finite at step 7'):
         finetune._score(job, 'dev', 8, 7, params)

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / 'bert_jax'
 SMALL_ROOMS = {'cli', 'paths', 'metrics', 'optimizer', 'partition', 'checkpoint', 'flops', 'memory', 'tf_bundle', 'scores',
-               'hardware', 'hlo', 'topology', 'distributed'}
+               'hardware', 'hlo', 'topology', 'distributed', 'renamed'}
 ENTRY_POINTS = {'vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features', 'compile_check'}
 
 
@@ -55,7 +55,7 @@ def test_small_rooms_import_nobody_above():
 def test_one_room_for_each_heavy_friend():
     for package, allowed in {'orbax': {'checkpoint.py'}, 'tensorflow': {'batches.py'},
                              'tensorflow_datasets': {'corpora.py'},
-                             'safetensors': {'huggingface.py'}, 'torch': {'huggingface.py'}, 'transformers': set()}.items():
+                             'safetensors': {'tensor_files.py'}, 'torch': {'tensor_files.py'}, 'transformers': set()}.items():
         users = {path.name for path in PACKAGE.rglob('*.py') if package in outside(path)}
         assert users == allowed, package
     specs = {path.name for path in PACKAGE.rglob('*.py') if 'PartitionSpec' in path.read_text()}

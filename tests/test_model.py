@@ -18,9 +18,10 @@ from models import D, L, P, V, batch, build, config, packed_batch, random_params
 from bert_jax.cli import UserError
 from bert_jax.model import layers
 from bert_jax.model import model as models
-from bert_jax.model.embeddings import lookup, padded_vocab_size
+from bert_jax.model.embeddings import padded_vocab_size
 from bert_jax.model.encoders import ENCODERS, Encoded
-from bert_jax.model.layers import FEW_ROWS, Attention, Dense, Dropout, LayerNorm, gelu, random_bits
+from bert_jax.model.kernels import FEW_ROWS, gelu, lookup, random_bits
+from bert_jax.model.layers import Attention, Dense, Dropout, LayerNorm, Lstm
 from bert_jax.model.targets import TARGETS
 
 
@@ -299,9 +300,9 @@ def test_the_gradient_of_gelu(approximate):
 def test_every_choice_by_platform_is_forced_both_ways_here():
     """A new one needs a test that runs both of its branches on CPU, as those below and test_optimizer do."""
     found = {path.name: path.read_text().count('platform_dependent(') for path in (ROOT / 'bert_jax').rglob('*.py')}
-    assert {name: count for name, count in found.items() if count} == {'layers.py': 2, 'optimizer.py': 1}
-    text = (ROOT / 'bert_jax/model/layers.py').read_text()
-    assert text.count('_by_platform(') == 1 + 2  # its definition, the heads' split and their join
+    assert {name: count for name, count in found.items() if count} == {'kernels.py': 2, 'optimizer.py': 1}
+    text = (ROOT / 'bert_jax/model/kernels.py').read_text()
+    assert text.count('by_platform(') == 1 + 2  # its definition, the heads' split and their join
 
 
 @pytest.mark.parametrize('branch', ['cpu', 'other'])
@@ -548,3 +549,39 @@ def test_models_of_one_config_are_equal_so_that_jax_traces_them_once():
     for overrides in ((), (), ('model.encoder.num_layers=3',)):
         apply(build(*overrides))
     assert len(traced) == 2
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_an_lstm_begins_anew_in_each_example_of_a_row(reverse):
+    """Packed rows against each example alone, forward and backward; torch's LSTM as the witness of one example."""
+    rng, layer = np.random.default_rng(0), Lstm(6, reverse, jnp.float32)
+    mask = np.array([[1] * 4 + [2] * 5 + [3] * 2 + [0] * 2, [1] * 13])
+    x = jnp.asarray(rng.normal(size=(2, 13, 5)), jnp.float32)
+    params = layer.init(jax.random.key(0), x, mask)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    wanted = jnp.asarray(rng.normal(size=(2, 13, 6)), jnp.float32) * (mask > 0)[..., None]
+
+    def gradients(x, mask, wanted):
+        return jax.value_and_grad(lambda p, x: jnp.sum(layer.apply(p, x, mask) * wanted), (0, 1))(params, x)
+
+    found, (to_params, to_x) = gradients(x, mask, wanted)
+    total, summed = 0.0, jax.tree.map(jnp.zeros_like, params)
+    for row, first, last in ((0, 0, 4), (0, 4, 9), (0, 9, 11), (1, 0, 13)):
+        part = x[row:row + 1, first:last]
+        value, (alone, x_alone) = gradients(part, np.ones((1, last - first), int), wanted[row:row + 1, first:last])
+        np.testing.assert_allclose(to_x[row, first:last], x_alone[0], atol=1e-5)
+        total, summed = total + value, jax.tree.map(jnp.add, summed, alone)
+        peer = torch.nn.LSTM(5, 6, batch_first=True)
+        weights = params['params']
+        with torch.no_grad():
+            peer.weight_ih_l0.copy_(torch.tensor(np.asarray(weights['inputs']['kernel'].T)))
+            peer.weight_hh_l0.copy_(torch.tensor(np.asarray(weights['recurrent'].T)))
+            peer.bias_ih_l0.copy_(torch.tensor(np.asarray(weights['inputs']['bias'])))
+            peer.bias_hh_l0.zero_()
+        turn = slice(None, None, -1 if reverse else 1)
+        theirs = peer(torch.tensor(np.asarray(part)[:, turn].copy()))[0].detach().numpy()[:, turn]
+        np.testing.assert_allclose(layer.apply(params, x, mask)[row, first:last], theirs[0], atol=1e-5)
+    np.testing.assert_allclose(found, total, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(to_params), jax.tree.leaves(summed)):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    np.testing.assert_allclose(to_x[0, 11:], 0, atol=1e-6)

@@ -208,7 +208,7 @@ def test_what_was_cut_is_counted_and_said(name, content, said, model, tmp_path, 
     (tmp_path / 'a.csv').write_text(content)
     overrides = {'span': ['task.max_query_length=5'], 'choice': ["task.choice_columns=('a','b')"]}.get(name, [])
     c = config(name, model, {key: str(tmp_path / 'a.csv') for key in ('train_file', 'dev_file')}, 'epochs=1.0', *overrides)
-    finetune.Job(c)
+    finetune.Job(c, finetune.read_task(c))
     assert f'note: {said}' in capfd.readouterr().err
 
 
@@ -239,7 +239,7 @@ def test_gold_answers_come_back_from_their_tokens(model, tmp_path):  # noqa: F81
 
 def test_the_confusion_picture_shows_how_often_each_label_was_taken_for_each(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, '_save', lambda plt, figure, file: drawn.append((figure, file.name)))
+    monkeypatch.setattr(plots, '_save', lambda figure, file: drawn.append((figure, file.name)))
     plots.confusion(tmp_path, ('a', 'b', 'c'), ['a', 'a', 'b', 'b', 'b'], ['a', 'b', 'b', 'b', 'a'])
     ((figure, name),) = drawn
     (panel,) = figure.axes

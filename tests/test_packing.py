@@ -15,7 +15,7 @@ from bert_jax.data import examples, masking, packing, plan
 
 def make(store, packed, length=128, **kwargs):
     return examples.Examples(store.train, store.tokenizer, 5, length,
-                             **AS_IN_THE_PAPER | {'packed': packed, 'short_rate': 0.7} | kwargs)
+                             **AS_IN_THE_PAPER | {'pack_lengths': packed, 'short_rate': 0.7} | kwargs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -157,5 +157,5 @@ def test_rows_are_full_where_documents_are_many(store):
 
 
 def test_empty_is_a_batch_without_text(store):
-    real, none = make(store, 2).batch(0, 8), examples.empty(8, 128, 0.15, packed=2)
+    real, none = make(store, 2).batch(0, 8), examples.empty(8, 128, 0.15, pack_lengths=2)
     assert {name: (x.shape, x.dtype) for name, x in real.items()} == {name: (x.shape, x.dtype) for name, x in none.items()}

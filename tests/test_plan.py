@@ -167,6 +167,10 @@ def test_what_cannot_be_planned_says_why():
     with pytest.raises(UserError, match='at least two documents'):
         plan.plan(one, 'next_sentence', 0, 0, 64, short_rate=0.1)
     assert len(plan.plan(one, 'single', 0, 0, 64, short_rate=0.1)) == 1
+    single = Split(np.arange(9), np.full(3, 3, np.uint16), np.full(3, 1, np.uint32))  # every label would be 1
+    with pytest.raises(UserError, match='Every document of this side of the store has one sentence.*no_nsp'):
+        plan.plan(single, 'next_sentence', 0, 0, 64, short_rate=0.1)
+    assert len(plan.plan(single, 'single', 0, 0, 64, short_rate=0.1)) == 3
     none = Split(*(np.zeros(0, np.uint16) for _ in range(3)))
     with pytest.raises(UserError, match='no documents'):
         plan.plan(none, 'single', 0, 0, 64, short_rate=0.1)

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, call_module, expect_error, run_module, write_corpus
 
-from bert_jax import prepare
+from bert_jax import lock, prepare
 from bert_jax.cli import UserError
 from bert_jax.data import corpora, tokenizer
 from bert_jax.data import store as stores
@@ -224,3 +225,89 @@ def test_damaged_gzip_is_one_line(tmp_path, vocab):
         (tmp_path / name).write_bytes(gzip.compress(b'text ' * 100)[:-9])
         with pytest.raises(UserError, match=name):
             prepare.prepare([str(tmp_path / name)], str(vocab), str(tmp_path / 'store'), corpora.Reader())
+
+
+def test_a_store_is_of_the_text_that_it_was_made_of(corpus, vocab, tmp_path, monkeypatch):
+    """A rewritten file of the same size is other text, for a finished store and for an interrupted one."""
+    text, args = tmp_path / 'a.txt', ([str(tmp_path / 'a.txt')], str(vocab), str(tmp_path / 'store'), corpora.Reader())
+    words = corpus.read_text()[:30_000]
+    text.write_text(words)
+    first = prepare.prepare(*args)
+    text.write_text(words[::-1])
+    with pytest.raises(UserError, match=f'holds a store of other text; changed since: {text}'):
+        prepare.prepare(*args)
+    text.write_text(words)
+    assert prepare.prepare(*args).info == first.info
+    info = json.loads((tmp_path / 'store/store.json').read_text())
+    assert info.pop('input_sha256') == [stores.file_hash(text)]
+    del info['sha256']  # as an older version wrote it
+    stores.write_json(tmp_path / 'store/store.json', info | {'sha256': stores.info_hash(info)})
+    assert prepare.prepare(*args).info['counts'] == first.info['counts']
+    monkeypatch.setattr(corpora, 'BLOCK_BYTES', 2_000)
+    late = tmp_path / 'late.txt'
+    late.write_bytes(words.encode() + b'\nbad \xff\n')
+    late_args = ([str(late)], str(vocab), str(tmp_path / 'late'), corpora.Reader())
+    with pytest.raises(UserError, match='UTF-8'):
+        prepare.prepare(*late_args)
+    late.write_text(words[::-1])
+    with pytest.raises(UserError, match='holds a store of other text'):
+        prepare.prepare(*late_args)
+
+
+def test_two_processes_never_write_one_store(corpus, vocab, tmp_path):
+    args = ([str(corpus)], str(vocab), str(tmp_path / 'store'), corpora.Reader())
+    with lock.hold(tmp_path / 'store'), pytest.raises(UserError, match='store: in use by process'):
+        prepare.prepare(*args)
+    assert 'lock.json' not in contents(prepare.prepare(*args).path)
+
+
+def test_a_strangers_folder_is_left_as_it_is(corpus, vocab, tmp_path, monkeypatch):
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes/a.txt').write_text('mine')
+    (tmp_path / 'empty.txt').write_text('\n')
+    (tmp_path / 'there').mkdir()
+    for output, source, words in (('notes', corpus, 'not empty and not a store'), ('there', tmp_path / 'empty.txt', 'no text')):
+        with pytest.raises(UserError, match=words):
+            prepare.prepare([str(source)], str(vocab), str(tmp_path / output), corpora.Reader())
+    assert contents(tmp_path / 'notes') == {'a.txt': b'mine'} and (tmp_path / 'there').exists() and not contents(tmp_path / 'there')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='a path is expected'):
+        prepare.prepare([str(corpus)], str(vocab), '', corpora.Reader())
+
+
+@pytest.mark.parametrize('text, words', [
+    ('One is here. Two is there. Three is not. Four.\n' * 30, '100% of the lines hold several sentences; --format paragraphs'),
+    ('One line.\n\n' * 30, '100% of the documents have one sentence'), ('漢字仮名 交じり文\n' * 30, r'100% of the tokens are \[UNK\]')])
+def test_what_a_text_does_not_look_like_is_said(text, words, vocab, tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text('\n\n'.join([text, text.replace('One', 'Any')]))
+    prepare.prepare([str(tmp_path / 'a.txt')], str(vocab), str(tmp_path / 'store'), corpora.Reader(), 0.0)
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_quiet_text_has_no_notes(corpus, vocab, tmp_path, capsys):
+    prepare.prepare([str(corpus)], str(vocab), str(tmp_path / 'store'), corpora.Reader(), 0.15)
+    assert 'note:' not in capsys.readouterr().err
+
+
+def test_the_same_text_has_the_same_vocabulary(tmp_path):
+    """In processes of their own, whose hash maps have orders of their own; many words, many ties."""
+    rng = np.random.default_rng(0)
+    (tmp_path / 'a.txt').write_text('\n'.join(' '.join(''.join(rng.choice(list('abcdeéxyz'), 5)) for _ in range(8)) for _ in range(200)))
+    made = []
+    for i in range(3):
+        arguments = ['--input', tmp_path / 'a.txt', '--vocab_size', '300', '--output', tmp_path / str(i)]
+        assert (call_module if i else run_module)('vocab', *arguments).returncode == 0  # two hash seeds at least
+        made.append(contents(tmp_path / str(i)))
+    assert made[0] == made[1] == made[2] and len(made[0]['vocab.txt'].split()) == 300
+
+
+def test_an_alphabet_that_does_not_fit_is_said(tmp_path):
+    """The most frequent characters stay; how many are lost, and what share of the text they are, is said."""
+    text = 'aab ccd ' * 40 + 'e f g h i j k l m n o p q r s t u v w x y z'
+    (tmp_path / 'a.txt').write_text(text)
+    done = call_module('vocab', '--input', tmp_path / 'a.txt', '--vocab_size', '14', '--output', tmp_path / 'v')
+    pieces = (tmp_path / 'v/vocab.txt').read_text().split()
+    assert done.returncode == 0 and len(pieces) <= 14 and {'a', '##a', '##b', 'c', '##c', '##d'} <= set(pieces)
+    lost = [c for c in set(text.replace(' ', '')) if not {c, f'##{c}'} & set(pieces)]
+    share = sum(map(text.count, lost)) / len(text)
+    assert f'{len(lost)} characters, {share:.2%} of the text' in done.stderr, done.stderr

@@ -1,6 +1,7 @@
 """The quickstart's stages in small, on a SentencePiece vocabulary: what launch/quickstart.sh calls, one after the other."""
 
 import collections
+import shutil
 import subprocess
 import sys
 
@@ -48,7 +49,7 @@ def run(corpus, sentencepiece_vocab, tmp_path_factory):
             f'--config.init_from={folder}/pretrain', f'--config.from_scratch={scratch}', '--config.task.label_column=package',
             f'--config.task.train_file={folder}/packages.tsv', '--config.task.dev_share=0.2', '--config.epochs=1.0',
             '--config.max_length=32', '--config.num_lengths=1'])
-        finetune.run(finetune.Job(task), task, str(folder / work))
+        finetune.run(finetune.Job(task, finetune.read_task(task)), task, str(folder / work))
     return folder
 
 
@@ -83,3 +84,40 @@ def test_the_script_says_what_it_takes(arguments, code, words):
     done = subprocess.run(['bash', 'launch/quickstart.sh', *arguments], cwd=ROOT, text=True, capture_output=True, env={
         'PATH': '/usr/bin:/bin', 'PYTHON': sys.executable})
     assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
+
+
+PYTHON = '''#!/bin/bash
+echo "$@" >> calls
+case $2 in
+  bert_jax.vocab) mkdir run/vocab ;;
+  bert_jax.prepare) mkdir run/store; touch run/store/store.json ;;
+  bert_jax.pretrain) [ ! -e fails ] || exit 2; mkdir -p run/pretrain/checkpoints; touch run/pretrain/results.json ;;
+esac
+'''
+
+
+def test_the_scripts_own_advice_to_hold_out_more_can_be_followed(tmp_path):
+    """The stages themselves are stubs here."""
+    (tmp_path / 'launch').mkdir()
+    shutil.copy(ROOT / 'launch/quickstart.sh', tmp_path / 'launch')
+    (tmp_path / 'launch/environment.sh').write_text('environment() { PATH=$PWD/bin:$PATH; }\n')
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/python').write_text(PYTHON)
+    (tmp_path / 'bin/python').chmod(0o755)
+
+    def run(*arguments):
+        (tmp_path / 'calls').write_text('')
+        done = subprocess.run(['bash', 'launch/quickstart.sh', '--run', 'run', '--corpus', 'a.txt', *arguments], cwd=tmp_path, text=True,
+                              capture_output=True)
+        return done, (tmp_path / 'calls').read_text()
+
+    (tmp_path / 'fails').touch()  # too few documents are held out, says pretrain
+    done, calls = run()
+    assert done.returncode == 2 and '--held_out 0.05' in calls
+    done, calls = run('--held_out', '0.2')
+    assert 'bert_jax.vocab' not in calls and '--output run/store --held_out 0.2' in calls
+    (tmp_path / 'fails').unlink()
+    done, calls = run()
+    assert done.returncode == 0 and 'bert_jax.prepare' not in calls  # 0.2 is remembered
+    done, calls = run('--held_out', '0.3')
+    assert done.returncode == 2 and not calls and 'was pre-trained with --held_out 0.2; give another --run' in done.stderr

@@ -230,3 +230,26 @@ def test_a_refusal_is_one_line_and_exit_code_2(store_path, tmp_path):
                  "Unknown config key 'sed'", 'seed')
     expect_error(call_module('pretrain', '--config', 'configs/pretrain.py:huge', '--workdir', tmp_path / 'work'), 'huge', 'large')
     expect_error(call_module('pretrain', '--config', 'configs/none.py', '--workdir', tmp_path / 'work'), 'configs/none.py')
+
+
+def test_two_stores_in_one_run_resume_exactly_and_are_scored_apart(store_path, vocab, tmp_path):
+    (tmp_path / 'other.txt').write_text((ROOT / 'README.md').read_text().replace('## ', '\n\n'))
+    other = tmp_path / 'other'
+    prepare.prepare([str(tmp_path / 'other.txt')], str(vocab), str(other), corpora.Reader('paragraphs'), 0.3)
+    mixed = [f'--config.store={store_path},{other}', '--config.examples.mixture=(3,1)', '--config.phases=((6,64,8),)', '--config.eval_every=6']
+    whole, halves = tmp_path / 'whole', tmp_path / 'halves'
+    for work, overrides in ((whole, ()), (halves, ())):
+        assert call_module('pretrain', *command(store_path, work, *mixed, *overrides)).returncode == 0
+        if work == halves:
+            shutil.rmtree(work / 'checkpoints' / '00000006')
+            assert call_module('pretrain', *command(store_path, work, *mixed)).returncode == 0
+    assert (whole / 'log.jsonl').read_text() == (halves / 'log.jsonl').read_text()
+    results = json.loads((whole / 'results.json').read_text())
+    assert {'held_out[other]/mlm/loss', f'held_out[{store_path.name}]/mlm/loss'} <= results.keys()
+    assert results['held_out[other]/mlm/loss'] != results[f'held_out[{store_path.name}]/mlm/loss']
+
+
+def test_stores_of_different_tokenizers_are_refused(store_path, sentencepiece_vocab, corpus, tmp_path):
+    prepare.prepare([str(corpus)], str(sentencepiece_vocab), str(tmp_path / 'other'), corpora.Reader(), 0.15)
+    result = call_module('pretrain', *command(store_path, tmp_path / 'w', f'--config.store={store_path},{tmp_path}/other'))
+    expect_error(result, 'other with tokenizer', 'the stores of one run need one tokenizer')

@@ -231,7 +231,7 @@ def test_one_tasks_weights_under_anothers_head(model, tmp_path):
     (tmp_path / 'rte').mkdir()
     finetune.finetune(config('mnli', model, make('mnli', tmp_path / 'mnli'), 'epochs=2.0'), str(tmp_path / 'first'))
     c = config('rte', tmp_path / 'first', make('rte', tmp_path / 'rte'), 'epochs=1.0')
-    job = finetune.Job(c)
+    job = finetune.Job(c, finetune.read_task(c))
     tuned, _, _ = checkpoint.load_params(tmp_path / 'first', best='dev/accuracy')
     start = finetune._initial(job, c).params
     for part in ('embeddings', 'encoder', 'pooler'):
@@ -364,7 +364,7 @@ def test_an_answer_is_cut_from_the_passage_as_it_stands(model, passage, answer):
     tok = tokenizer.load(model)
     _, offsets = tok.encode_with_offsets(passage)
     row = question(passage, (answer, passage.index(answer)))
-    first, last = spans.token_span(row, offsets)
+    first, last = spans.token_span(row, spans.Bounds(offsets))
     assert passage[offsets[first][0]:offsets[last][1]] == answer
 
 
@@ -372,12 +372,12 @@ def test_an_answer_that_cuts_a_word_moves_to_the_nearest_whole_one(model):
     tok = tokenizer.load(model)
     passage = 'w11 w22 w1 w3 w1'
     _, offsets = tok.encode_with_offsets(passage)
-    first, last = spans.token_span(question(passage, ('w1', 0)), offsets)
+    first, last = spans.token_span(question(passage, ('w1', 0)), spans.Bounds(offsets))
     assert (first, last) == (2, 2)
-    assert spans.token_span(question(passage, ('w', 0), ('w3', 11)), offsets) == (3, 3)  # another of its answers is whole
+    assert spans.token_span(question(passage, ('w', 0), ('w3', 11)), spans.Bounds(offsets)) == (3, 3)  # another of its answers is whole
     far = question('w11 w2 w3 w4 w5 w6 w1', ('w1', 0), ('w11', 0))
-    assert spans.token_span(far, tok.encode_with_offsets(far.passage)[1]) == (0, 0)  # there, before the first's text far away
-    assert spans.token_span(question(passage, ('11 w22', 1)), offsets) == (0, 1)  # none is: what it touches
+    assert spans.token_span(far, spans.Bounds(tok.encode_with_offsets(far.passage)[1])) == (0, 0)  # there, before the first's text far away
+    assert spans.token_span(question(passage, ('11 w22', 1)), spans.Bounds(offsets)) == (0, 1)  # none is: what it touches
 
 
 def test_the_best_span_over_windows_equals_brute_force(model):
@@ -517,6 +517,9 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
     finetune.finetune(config('classification', model, settings, *overrides), str(tmp_path / 'work'))
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('run.json')}
     assert sum(before[p] != after[p] for p in before) == 1
+    changed = table(tmp_path / 'changed.csv', ('text', 'label'), [('w1', 'a'), ('w11', 'b'), ('w21', 'c')])
+    with pytest.raises(UserError, match='batch4-lr1e-05-epochs2-seed0 holds a run on other data; what differs: data.dev'):
+        finetune.finetune(config('classification', model, settings | {'dev_file': str(changed)}, *overrides), str(tmp_path / 'work'))
     assert json.loads((tmp_path / 'work' / 'sweep.json').read_text())['runs'] == runs
     with pytest.raises(UserError, match='dropout_rate'):
         finetune.finetune(config('classification', model, settings, *overrides, 'dropout_rate=0.2'), str(tmp_path / 'work'))
@@ -526,8 +529,8 @@ def test_a_sweep_compiles_each_shape_once_and_takes_several_checkpoints(model, t
     jobs = []
 
     class Watched(finetune.Job):
-        def __init__(self, config):
-            super().__init__(config)
+        def __init__(self, config, task):
+            super().__init__(config, task)
             jobs.append(self)
 
     monkeypatch.setattr(finetune, 'Job', Watched)
@@ -586,23 +589,24 @@ def test_a_run_of_a_sweep_has_its_own_shapes_whatever_was_run_before(model, tmp_
     rows = [(text(i % 3, int(n)), 'abc'[i % 3]) for i, n in enumerate(np.random.default_rng(0).geometric(0.2, 300).clip(1, 60))]
     file = str(table(tmp_path / 'c.csv', ('text', 'label'), rows))
     c = config('classification', model, {'train_file': file, 'dev_file': file}, 'max_length=64', 'batch_size=64')
-    lengths = [finetune.Job(c).data(size)['train'].row_length for size in (4, 64)]
+    lengths = [finetune.Job(c, finetune.read_task(c)).data(size)['train'].row_length for size in (4, 64)]
     c.batch_size = 4
-    assert lengths == [finetune.Job(c).data(size)['train'].row_length for size in (4, 64)]
+    assert lengths == [finetune.Job(c, finetune.read_task(c)).data(size)['train'].row_length for size in (4, 64)]
     assert lengths[0] != lengths[1]
 
 
 def test_what_is_frozen_stays_and_rows_may_be_apart(model, tmp_path):
     c = config('classification', model, make('classification', tmp_path), "frozen=('embeddings','encoder')", 'packed=False', 'epochs=1.0')
     finetune.finetune(c, str(tmp_path / 'work'))
-    job = finetune.Job(c)
+    job = finetune.Job(c, finetune.read_task(c))
     assert not job.packed and job.data(8)['train'].shapes.startswith('lengths')
     found, _, _ = checkpoint.load_params(tmp_path / 'work')
     for part, same in (('embeddings', True), ('encoder', True), ('pooler', False)):
         pairs = zip(jax.tree.leaves(found[part]), jax.tree.leaves(job.source.params[part]))
         assert all(np.array_equal(a, b) for a, b in pairs) == same
     with pytest.raises(UserError, match="Unknown part for --config.frozen 'heads'"):
-        finetune.Job(config('classification', model, make('classification', tmp_path), "frozen=('heads',)"))
+        c = config('classification', model, make('classification', tmp_path), "frozen=('heads',)")
+        finetune.Job(c, finetune.read_task(c))
 
 
 def test_names_of_runs_are_all_different(model, tmp_path):
@@ -705,7 +709,7 @@ def test_predictions_for_glues_server(model, tmp_path):
         c = config(name, model, make(name, tmp_path / name), 'epochs=1.0')
         finetune.finetune(c, str(tmp_path / f'run_{name}'))
     done = call_module('data.glue', '--runs', tmp_path / 'run_sst2', tmp_path / 'run_stsb', '--output', tmp_path / 'all.zip')
-    assert done.returncode == 0 and 'missing: AX.tsv, CoLA.tsv' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'missing: AX.tsv, CoLA.tsv' in done.stderr, done.stderr
     with zipfile.ZipFile(tmp_path / 'all.zip') as archive:
         assert archive.namelist() == ['SST-2.tsv', 'STS-B.tsv']
         lines = archive.read('STS-B.tsv').decode().splitlines()

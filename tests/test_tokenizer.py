@@ -1,5 +1,7 @@
 import json
 import string
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -103,3 +105,31 @@ def test_nothing_to_load(tmp_path):
     (tmp_path / 'tokenizer.json').write_text('{"model": {"type": "BPE"}}')
     with pytest.raises(UserError, match='tokenizer.json'):
         tokenizer.load(tmp_path / 'tokenizer.json')
+
+
+def test_marks_that_bert_strips_belong_to_their_word(tmp_path):
+    """All of Unicode's category Mn, also those whose combining class is 0: Hindi's, Thai's, an emoji's selector."""
+    tok = tokenizer.load(write(tmp_path, [*SPECIALS, 'a', 'b', '##b', 'दलल', 'म']))
+    strip = tok._backend.normalizer.normalize_str
+    marks = [c for c in map(chr, range(0x300, sys.maxunicode + 1)) if unicodedata.category(c) == 'Mn' and strip(f'a{c}') == 'a']
+    assert len(marks) > 1500 and sum(not unicodedata.combining(mark) for mark in marks) > 800  # those that the library knows
+    for mark in marks:
+        text = f'a{mark} b a{mark}{mark}b{mark}'
+        _, offsets = tok.encode_with_offsets(text)
+        words = [text[begin:end] for begin, end in offsets]
+        assert words[0] == f'a{mark}' and words[1] == 'b' and text.endswith(words[-1]) and mark in words[-1], hex(ord(mark))
+    text = 'दिल्ली में'
+    _, offsets = tok.encode_with_offsets(text)
+    assert text[offsets[0][0]:offsets[-1][1]] == text
+
+
+def test_the_cache_is_bounded_in_bytes(both_cases, monkeypatch):
+    """Lines without spaces do not come again; words do, until they fill it."""
+    tok, _ = both_cases
+    tok._words.clear()
+    tok.encode_batch(['漢' * 65, 'x' * 200 + 'é'])
+    assert not any(len(word) > tokenizer.LONGEST_WORD for word in tok._words)
+    monkeypatch.setattr(tokenizer, 'CACHE_BYTES', 50_000)
+    for i in range(40):
+        tok.encode_batch([f'w{i}x{j}é' for j in range(50)])
+        assert tok._words.bytes <= 50_000 + 50 * 300 and len(tok._words) * 200 <= tok._words.bytes

@@ -27,7 +27,7 @@ def import_tensorflow() -> threading.Thread:
         with contextlib.suppress(ImportError):  # said by who needs it
             importlib.import_module('tensorflow')
 
-    thread = threading.Thread(target=load)  # the process ends after it: within an import it could only crash
+    thread = threading.Thread(target=load)
     thread.start()
     return thread
 
@@ -36,11 +36,19 @@ def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[B
     """`make(step)` for step in start..stop-1, in order, through tf.data: parallel and prefetched.
 
     The first ones come without it, so that the first step need not wait: tensorflow is imported beside the next ones.
+    Where the stream ends earlier, or is closed, that import is waited for: a process that ends within it only crashes.
     """
-    begun = start
-    while start < stop and (start < begun + AHEAD or import_tensorflow().is_alive()):
-        yield make(start)
-        start += 1
+    begun, importing = start, None
+    try:
+        while start < stop:
+            importing = import_tensorflow() if start >= begun + AHEAD else None
+            if importing and not importing.is_alive():
+                break
+            yield make(start)
+            start += 1
+    finally:
+        if importing:
+            importing.join()
     if start >= stop:
         return
     import tensorflow as tf  # machines without it use `thread_stream`

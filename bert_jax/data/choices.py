@@ -1,6 +1,8 @@
 """Multiple choice: a context, its possible continuations, and which is right."""
 
+import csv
 import dataclasses
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -86,7 +88,7 @@ def _fewer(where: str, choices: list[Any]) -> list[Any]:
 
 def _label(where: str, record: dict[str, Any], name: str) -> int | None:
     value = tables.column(where, record, name)
-    return None if value in (None, '') else tables.whole(where, name, value)
+    return None if value in (None, '') or value != value else tables.whole(where, name, value)
 
 
 def _commonsenseqa(file: str, labelled: bool) -> Iterator[Question]:
@@ -175,13 +177,14 @@ def labelled(rows: Sequence[Question]) -> bool:
 
 
 def files(task: Task, split: str, rows: Sequence[Question], predictions: list[dict[str, Any]]) -> dict[str, str]:
-    """One TSV: the question's number, the choice predicted, the right one if known, each choice's probability."""
-    lines = ['index\tprediction\tlabel\tprobabilities']
+    """One TSV: a question's number and place, the choice predicted, the right one if known, texts, probabilities."""
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter='\t', lineterminator='\n')
+    writer.writerow(('index', 'where', 'prediction', 'label', 'context', 'text', 'probabilities'))
     for number, (row, found) in enumerate(zip(rows, predictions)):
-        label = '' if row.label is None else row.label
-        p = ' '.join(f'{p:.6f}' for p in found['scores'])
-        lines.append(f'{number}\t{found["choice"]}\t{label}\t{p}')
-    return {f'predictions_{split}.tsv': '\n'.join(lines) + '\n'}
+        writer.writerow((number, row.where, found['choice'], '' if row.label is None else row.label, row.context,
+                         found['text'], ' '.join(f'{p:.6f}' for p in found['scores'])))
+    return {f'predictions_{split}.tsv': out.getvalue()}
 
 
 def parse(value: Any) -> Question:

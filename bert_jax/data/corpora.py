@@ -4,10 +4,13 @@ A source is read in blocks: whole documents, a few megabytes at a time, cheap fo
 process then decodes a block and splits it. So memory stays bounded and order is the input's own.
 """
 
+import bz2
 import dataclasses
 import glob
 import gzip
+import html
 import json
+import lzma
 import os
 import re
 import shutil
@@ -30,6 +33,10 @@ ABBREVIATION = re.compile(
     r'(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|No|vol|pp|Fig|Inc|Ltd|Co|Gen|Col|Capt|Lt)|\b[A-Z])\.$')
 
 
+LONGEST_ABBREVIATION = 8  # characters of a text before a full stop that tell, one before the abbreviation included
+FEW_BAD, MOST_BAD = 20, 0.02  # characters, and their share of a text, that may be replaced without its being noise
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """Some whole documents of one file.
@@ -38,11 +45,13 @@ class Block:
       source: the file's name, for messages.
       line: the number of the block's first line (or record) in it, from 1.
       content: raw bytes of lines, or ready texts of one document each.
+      kind: the CORPORA entry that reads it.
     """
 
     source: str
     line: int
     content: bytes | list[str]
+    kind: str = ''
 
     @property
     def size(self) -> int:
@@ -66,10 +75,65 @@ def expand(inputs: Sequence[str]) -> list[str]:
     return names
 
 
+HEAD_BYTES = 1 << 16  # of a file, by which it is recognised
+PACKED = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\x00': lzma.open}
+UTF_16 = 'UTF-16; iconv -f UTF-16 -t UTF-8 makes it UTF-8'
+NOT_TEXT = {  # how a file begins -> what it is, and what to do
+    b'\x28\xb5\x2f\xfd': 'packed with zstd; unpack it first (zstd -d)',
+    b'PK\x03\x04': 'a zip archive (as .docx and .xlsx are); unpack it first, or save it as text',
+    b'\xd0\xcf\x11\xe0': 'an old Office file; save it as text',
+    b'%PDF': 'a PDF; pdftotext takes its text out',
+    b'\xff\xfe': UTF_16, b'\xfe\xff': UTF_16}
+MARKUP = re.compile(rb'<(!doctype html|html|mediawiki|\?xml)\b', re.IGNORECASE)
+DOC = re.compile(rb'<doc\b[^>\n]*>')  # WikiExtractor
+TABLES = ('csv', 'tsv')
+
+
 def detect(name: str, text_format: str) -> str:
-    """The CORPORA entry that reads `name`; `text_format` decides for plain text."""
-    suffix = name.removesuffix('.gz').rpartition('.')[2]
-    return _scheme(name) or {'jsonl': 'jsonl', 'json': 'jsonl', 'parquet': 'parquet'}.get(suffix, text_format)
+    """The CORPORA entry that reads `name`: by its ending, else by how it begins; `text_format` decides for plain text.
+
+    Raises:
+      UserError: what is no text, or is a table; says what it is and what to do.
+    """
+    return _scheme(name) or _recognised(name) or text_format
+
+
+def _recognised(name: str) -> str:
+    """'jsonl', 'parquet' or 'wikiextractor' for what is one of them, '' for plain text."""
+    suffix = re.sub(r'\.(gz|bz2|xz)$', '', name).rpartition('.')[2].lower()
+    if suffix in TABLES:
+        raise UserError(f'{name}: a table; give its texts as JSON lines or Parquet (--text_column), or one a line in a '
+                        '.txt file.')
+    try:
+        with _open(name) as file:
+            head = file.read(HEAD_BYTES)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f'{name}: cannot be read ({error}).') from error
+    if head.startswith(b'PAR1') or suffix == 'parquet':
+        return 'parquet'
+    what = next((what for magic, what in NOT_TEXT.items() if head.startswith(magic)), '')
+    if what or b'\0' in head:
+        raise UserError(f'{name}: no text, but {what or "binary data (it holds zero bytes)"}.')
+    first = head.removeprefix(b'\xef\xbb\xbf').lstrip()
+    if DOC.match(first):
+        return 'wikiextractor'
+    if MARKUP.match(first):
+        raise UserError(f'{name}: markup ({first[:20].decode(errors="replace")}...), not text; take the text out first '
+                        '(WikiExtractor does for Wikipedia).')
+    return 'jsonl' if _is_json(name, first) or suffix in ('jsonl', 'json') else ''
+
+
+def _is_json(name: str, first: bytes) -> bool:
+    """Whether a file's first line is a JSON object; prose may begin with a brace too."""
+    line, whole, _ = first.partition(b'\n')
+    if re.match(rb'\[\s*\{\s*"', first):
+        raise UserError(f'{name}: a JSON array; JSON lines, an object a line, are expected.')
+    if not whole and len(first) > HEAD_BYTES // 2:
+        return bool(re.match(rb'\{\s*"[^"\n]*"\s*:', line))
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _scheme(name: str) -> str:
@@ -94,7 +158,8 @@ class Reader:
 
     def blocks(self, name: str) -> Iterator[Block]:
         """The blocks of one input, in order."""
-        return choose('corpus', CORPORA, detect(name, self.text_format)).blocks(name, self)
+        kind = detect(name, self.text_format)
+        return (dataclasses.replace(block, kind=kind) for block in choose('corpus', CORPORA, kind).blocks(name, self))
 
     def documents(self, block: Block) -> list[list[str]]:
         """The block's documents, each a non-empty list of non-empty sentences.
@@ -102,7 +167,7 @@ class Reader:
         Raises:
           UserError: invalid UTF-8, a line too long, a record without the text column (file and line).
         """
-        kind = choose('corpus', CORPORA, detect(block.source, self.text_format))
+        kind = choose('corpus', CORPORA, block.kind or detect(block.source, self.text_format))
         documents = ([s for s in document if s] for document in kind.documents(block, self))
         return [document for document in documents if document]
 
@@ -117,51 +182,64 @@ def split_sentences(text: str) -> list[str]:
     text = ' '.join(text.split())
     sentences, start = [], 0
     for match in SENTENCE_END.finditer(text):
-        piece = text[start:match.end()].strip()
-        goes_on = (match['next'] or '').islower() or ABBREVIATION.search(piece)
-        if piece and not goes_on:
-            sentences.append(piece)
+        begin, end = match.span()
+        end -= text[begin:end].endswith(' ')
+        last_word = text[max(start, end - LONGEST_ABBREVIATION):end]
+        goes_on = (match['next'] or '').islower() or ABBREVIATION.search(last_word)
+        if not goes_on and text[start:end].strip():
+            sentences.append(text[start:end].strip())
             start = match.end()
     last = text[start:].strip()
     return [*sentences, last] if last else sentences
 
 
 def _open(name: str) -> Any:
+    """A file, unpacked on the way if it is gzip, bzip2 or xz, whatever its ending."""
     try:
-        return gzip.open(name, 'rb') if name.endswith('.gz') else open(name, 'rb')
+        with open(name, 'rb') as file:
+            head = file.read(8)
+        unpack = next((unpack for magic, unpack in PACKED.items() if head.startswith(magic)), open)
+        if unpack is open and head and name.endswith(('.gz', '.bz2', '.xz')):
+            raise UserError(f'{name}: cannot be read (by its name it is packed, but it is not).')
+        return unpack(name, 'rb')
     except OSError as error:
         raise UserError(f'{name}: {error.strerror}.') from error
 
 
-def _read_blocks(name: str, last_cut: Callable[[bytes], int], too_long: str) -> Iterator[Block]:
-    """Cuts a file where `last_cut` allows: the end of the last whole document, -1 for none."""
-    line, rest = 1, b''
+def _read_blocks(name: str, last_cut: Callable[[bytearray, int], int], too_long: str) -> Iterator[Block]:
+    """Cuts a file where `last_cut` allows: (data, begin) -> the end of the last document that ends after begin; or -1.
+    """
+    line, rest = 1, bytearray()
     with _open(name) as file:
         while True:
             try:
                 data = file.read(BLOCK_BYTES)
-            except (OSError, EOFError, zlib.error) as error:
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
                 raise UserError(f'{name}: cannot be read ({error}).') from error
             if not data:
                 break
+            begin = len(rest)
             rest += data
-            cut = last_cut(rest)
+            cut = last_cut(rest, begin)
             if cut > 0:
-                yield Block(name, line, rest[:cut])
+                yield Block(name, line, bytes(rest[:cut]))
                 line += rest.count(b'\n', 0, cut)
-                rest = rest[cut:]
+                del rest[:cut]
             elif len(rest) > DOCUMENT_BYTES:
                 raise UserError(f'{name}:{line}: {too_long}')
     if rest.strip():
-        yield Block(name, line, rest)
+        yield Block(name, line, bytes(rest))
 
 
 BLANK_LINES = re.compile(rb'\n[ \t\r]*\n')
 
 
-def _last_blank_line(data: bytes) -> int:
-    ends = [m.end() for m in BLANK_LINES.finditer(data, max(0, len(data) - (64 << 10)))]
-    return ends[-1] if ends else max((m.end() for m in BLANK_LINES.finditer(data)), default=-1)
+def _last_blank_line(data: bytearray, begin: int) -> int:
+    """A gap between two lines may have begun before `begin`."""
+    begin = max(0, data.rfind(b'\n', 0, begin))
+    late = max(begin, len(data) - (64 << 10))
+    ends = [m.end() for m in BLANK_LINES.finditer(data, late)]
+    return ends[-1] if ends else max((m.end() for m in BLANK_LINES.finditer(data, begin)), default=-1)
 
 
 def _text_blocks(name: str, reader: Reader) -> Iterator[Block]:
@@ -171,8 +249,34 @@ def _text_blocks(name: str, reader: Reader) -> Iterator[Block]:
 
 
 def _line_blocks(name: str, reader: Reader) -> Iterator[Block]:
-    return _read_blocks(name, lambda data: data.rfind(b'\n') + 1,
+    return _read_blocks(name, lambda data, begin: data.rfind(b'\n', begin) + 1,
                         f'a line of more than {DOCUMENT_BYTES >> 20} MB.')
+
+
+def _doc_blocks(name: str, reader: Reader) -> Iterator[Block]:
+    end = b'</doc>'
+
+    def last_cut(data: bytearray, begin: int) -> int:
+        at = data.rfind(end, max(0, begin - len(end)))
+        return at + len(end) if at >= 0 else -1
+
+    return _read_blocks(name, last_cut, f'a <doc> of more than {DOCUMENT_BYTES >> 20} MB without </doc>.')
+
+
+def _doc_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
+    """What stands between <doc ...> and </doc>, but its first line where that is the title."""
+    for number, part in enumerate(re.split(r'</doc>', _decode(block, reader))):
+        head, found, text = part.partition('>')
+        if not found:
+            if part.strip():
+                raise UserError(f'{block.source}, document {number + 1} from line {block.line}: text outside of <doc> '
+                                'and </doc>.')
+            continue
+        title = re.search(r'title="([^"]*)"', head)
+        lines = text.strip().split('\n')
+        if title and lines[0].strip() == html.unescape(title[1]).strip():
+            lines = lines[1:]
+        yield _text_sentences('\n'.join(lines))
 
 
 def _decode(block: Block, reader: Reader) -> str:
@@ -180,8 +284,12 @@ def _decode(block: Block, reader: Reader) -> str:
         return block.content.decode('utf-8', reader.errors).removeprefix('\ufeff')
     except UnicodeDecodeError as error:
         line = block.line + block.content.count(b'\n', 0, error.start)
-        raise UserError(f'{block.source}:{line}: not valid UTF-8 ({error.reason}); '
-                        '--errors replace goes on with U+FFFD in its place.') from error
+        text = block.content.decode('utf-8', 'replace')
+        bad = text.count('\ufffd')
+        advice = '--errors replace goes on with U+FFFD in its place'
+        if bad >= FEW_BAD and bad > MOST_BAD * len(text):
+            advice = f'{bad / len(text):.0%} of what follows is not: iconv -f ENCODING -t UTF-8 makes it UTF-8'
+        raise UserError(f'{block.source}:{line}: not valid UTF-8 ({error.reason}); {advice}.') from error
 
 
 def _blank_line_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
@@ -237,8 +345,8 @@ def _ready_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
 
 def _parquet_blocks(name: str, reader: Reader) -> Iterator[Block]:
     try:
-        table = pyarrow.parquet.ParquetFile(_unpacked(name) if name.endswith('.gz') else name)
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        table = pyarrow.parquet.ParquetFile(_unpacked(name) if name.endswith(('.gz', '.bz2', '.xz')) else name)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         raise UserError(f'{name}: not a Parquet file ({error}).') from error
     if reader.text_column not in table.schema_arrow.names:
         raise UserError(f'{name}: no column {reader.text_column!r}; there are: '
@@ -252,7 +360,7 @@ def _parquet_blocks(name: str, reader: Reader) -> Iterator[Block]:
 def _unpacked(name: str) -> IO[bytes]:
     """A file's contents on disk for as long as they are read: Parquet is read from its end."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the reader's, closed with it
-    with gzip.open(name, 'rb') as packed:
+    with _open(name) as packed:
         shutil.copyfileobj(packed, file)
     return file
 
@@ -336,6 +444,7 @@ CORPORA = {
     'sentences': Corpus(_text_blocks, _blank_line_documents),
     'paragraphs': Corpus(_text_blocks, _paragraph_documents),
     'jsonl': Corpus(_line_blocks, _json_documents),
+    'wikiextractor': Corpus(_doc_blocks, _doc_documents),
     'parquet': Corpus(_parquet_blocks, _ready_documents),
     'tfds': Corpus(_tfds_blocks, _ready_documents),
     'stdlib': Corpus(_stdlib_blocks, _ready_documents),

@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from bert_jax.cli import UserError
-from bert_jax.data import draws, masking, packing
+from bert_jax.cli import UserError, choose
+from bert_jax.data import draws, fields, masking, packing
 from bert_jax.data import plan as plans
 from bert_jax.data.store import Split
 from bert_jax.data.tokenizer import Tokenizer
 
+MIXTURE = 0x3A1F         # a stream of draws
 EVALUATION_SEED = 0x5EED  # held-out pairs and masks are the same in every run
 
 
@@ -31,7 +32,7 @@ class Examples:
       mask_rate: share of tokens predicted.
       replacement: shares of those that become [MASK] and a random token.
       short_rate: share of documents cut to a random shorter length.
-      packed: 0: an example a row; n: rows of n * max_length tokens, filled with several.
+      pack_lengths: 0: an example a row; n: rows of n * max_length tokens, filled with several.
     """
 
     split: Split
@@ -43,7 +44,7 @@ class Examples:
     mask_rate: float
     replacement: tuple[float, float]
     short_rate: float
-    packed: int
+    pack_lengths: int
     _cache: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -75,17 +76,20 @@ class Examples:
     @property
     def row_length(self) -> int:
         """L of the arrays."""
-        return self.max_length * max(1, self.packed)
+        return self.max_length * max(1, self.pack_lengths)
 
     @functools.cached_property
     def epoch_size(self) -> int:
         """Rows an epoch: those of epoch 0, whatever the draws of a later one (within about 0.1 %)."""
-        return len(self.rows(0) if self.packed else self.plan(0))
+        return len(self.rows(0) if self.pack_lengths else self.plan(0))
 
     def batch(self, step: int, batch_size: int, rows: slice | np.ndarray = slice(None), begin: int = 0
               ) -> dict[str, np.ndarray]:
         """The `rows` of the global batch of one step, counted from row `begin`; the same on any number of hosts."""
-        numbers = begin + step * batch_size + np.arange(batch_size)[rows]
+        return self.at(begin + step * batch_size + np.arange(batch_size)[rows])
+
+    def at(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by their numbers in the whole stream, epoch after epoch."""
         epochs = numbers // self.epoch_size
         parts = [self.make(int(epoch), numbers[epochs == epoch] % self.epoch_size) for epoch in np.unique(epochs)]
         if len(parts) == 1:
@@ -97,19 +101,16 @@ class Examples:
         count = min(limit, self.epoch_size)
         numbers = number * batch_size + np.arange(batch_size)
         real = numbers < count
-        batch = self.make(0, np.where(real, numbers, 0))
-        for name in ('masked_lm_weights', 'next_sentence_weights'):
-            batch[name] = batch[name] * real[:, None].astype(np.float32)
-        return batch | {'is_real_example': real.astype(np.int32)}
+        return fields.emptied(self.make(0, np.where(real, numbers, 0)), real)
 
     def make(self, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Rows [len(numbers), L] of one epoch, masked, by their number in its plan."""
-        if not self.packed:
+        if not self.pack_lengths:
             return self._masked(epoch, numbers % len(self.plan(epoch)))
         rows = self.rows(epoch)
         members, owners = rows.examples(numbers % len(rows))
         return packing.join(self._masked(epoch, members), owners, len(numbers), self.row_length,
-                            masking.max_predictions(self.row_length, self.mask_rate))
+                            masking.max_predictions(self.row_length, self.mask_rate), self.tokenizer.pad_id)
 
     def _masked(self, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         batch, candidates = unmasked(self.split.tokens, self.plan(epoch)[numbers], self.max_length, self.tokenizer)
@@ -150,16 +151,77 @@ def unmasked(tokens: np.ndarray, rows: np.ndarray, length: int, tokenizer: Token
     return batch, candidates
 
 
-def empty(batch_size: int, max_length: int, mask_rate: float, packed: int) -> dict[str, np.ndarray]:
-    """Arrays of the names, shapes and types of a batch, that need no text and no memory."""
-    length = max_length * max(1, packed)
-    widths = dict.fromkeys(('input_ids', 'input_mask', 'segment_ids', 'position_ids'), length)
-    pairs = packing.slots(length) if packed else 1
-    widths |= dict.fromkeys(('cls_positions', 'next_sentence_labels', 'next_sentence_weights'), pairs)
-    predictions = masking.max_predictions(length, mask_rate)
-    widths |= dict.fromkeys(('masked_lm_positions', 'masked_lm_ids', 'masked_lm_weights'), predictions)
-    return {name: np.broadcast_to(np.zeros((), np.float32 if 'weights' in name else np.int32), (batch_size, width))
-            for name, width in widths.items()}
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The rows of several streams of one length, so many of each in every block of rows, in a drawn order.
+
+    Which stream a row comes from, and which of its rows it is, follow from the row's number alone; so a run resumes at
+    any step.
+
+    Attributes:
+      streams: whose rows.
+      weights: rows of each in a block of sum(weights).
+      seed: the run's seed.
+    """
+
+    streams: tuple[Examples, ...]
+    weights: tuple[int, ...]
+    seed: int
+
+    def batch(self, step: int, batch_size: int, rows: slice | np.ndarray = slice(None), begin: int = 0
+              ) -> dict[str, np.ndarray]:
+        """As Examples.batch."""
+        return self.at(begin + step * batch_size + np.arange(batch_size)[rows])
+
+    def at(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by their numbers in the whole stream."""
+        source, number = self.origin(numbers)
+        parts = {k: stream.at(number[source == k]) for k, stream in enumerate(self.streams) if (source == k).any()}
+        order = np.argsort(np.concatenate([np.flatnonzero(source == k) for k in parts]))
+        return {name: np.concatenate([part[name] for part in parts.values()])[order]
+                for name in next(iter(parts.values()))}
+
+    def origin(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which stream, which row of it) for rows of the whole."""
+        size = sum(self.weights)
+        block, place = np.divmod(numbers, size)
+        keys = draws.bits64(self.seed, MIXTURE, block[:, None], np.arange(size))           # [rows, block]
+        order = np.repeat(np.arange(len(self.weights)), self.weights)[np.argsort(keys, axis=1, kind='stable')]
+        source = order[np.arange(len(numbers)), place]
+        earlier = (order == source[:, None]) & (np.arange(size) < place[:, None])          # of its own in its block
+        return source, block * np.array(self.weights)[source] + earlier.sum(1)
+
+
+def mixed(splits: Sequence[Split], *args: Any, name: str, mixture: Sequence[int], **settings: Any
+          ) -> Examples | Mixture:
+    """The stream of one store's split, or of several.
+
+    Args:
+      splits: a side of each store.
+      args: tokenizer, seed and max_length of the stream.
+      name: an EXAMPLES name.
+      mixture: rows of each split in a block; () for one of each.
+      settings: of the stream.
+
+    Raises:
+      UserError: an unknown name or setting, weights that do not fit the stores.
+    """
+    make = choose('examples', EXAMPLES, name)
+    streams = tuple(make(split, *args, **settings) for split in splits)
+    weights = tuple(mixture) or (1,) * len(streams)
+    if len(weights) != len(streams) or min(weights) < 1:
+        raise UserError(f'--config.examples.mixture={tuple(mixture)}: a whole number of 1 or more for each of the '
+                        f'{len(streams)} stores is expected.')
+    return streams[0] if len(streams) == 1 else Mixture(streams, weights, args[1])
+
+
+def empty(batch_size: int, max_length: int, mask_rate: float, pack_lengths: int, **_: Any) -> dict[str, np.ndarray]:
+    """Arrays of the names, shapes and types of a stream's batch, that need no text and no memory."""
+    length = max_length * max(1, pack_lengths)
+    widths = {'length': length, 'predictions': masking.max_predictions(length, mask_rate),
+              'pairs': packing.slots(length) if pack_lengths else 1}
+    return {name: np.broadcast_to(fields.full(name, ()), (batch_size, widths[field.axis]))
+            for name, field in fields.FIELDS.items() if field.axis in widths}
 
 
 def check_batch_size(batch_size: int, devices: int, accumulation: int) -> None:
@@ -168,3 +230,6 @@ def check_batch_size(batch_size: int, devices: int, accumulation: int) -> None:
         unit = max(1, devices * accumulation)
         raise UserError(f'A batch of {batch_size} is not divisible by {devices} devices '
                         f'x {accumulation} micro-batches; the nearest is {max(1, round(batch_size / unit)) * unit}.')
+
+
+EXAMPLES = {'documents': Examples}

@@ -90,6 +90,14 @@ def read(name: str, folder: str) -> Task:
     return with_classes(task) if layout.labels else with_numbers(task)
 
 
+def columns(name: str) -> tuple[str, str]:
+    """Where a task's files have text and pair, by name; ('', '') for what is no task of GLUE."""
+    layout = LAYOUTS.get(name)
+    if layout is None:
+        return '', ''
+    return ('sentence', '') if layout.fields else (layout.text, layout.pair)
+
+
 Found = tuple[dict[str, list[Row]], tuple[str, ...]]  # splits, notes
 
 

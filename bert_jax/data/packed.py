@@ -52,6 +52,8 @@ class Packed(Encoded):
         come; of the long ones a batch that has few tokens gets the longest.
         """
         whole = len(order) // batch_size * batch_size
+        if not whole:  # one batch holds them all
+            return order
         hands = order[np.sort(np.argsort(-self.sizes[order[:whole]], kind='stable').reshape(batch_size, -1))]
         balancing = batch_size // 4
         total = self.sizes[hands[balancing:]].sum(0)

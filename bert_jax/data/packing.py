@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bert_jax.data import draws
+from bert_jax.data import draws, fields
 
 
 def slots(length: int) -> int:
@@ -110,7 +110,7 @@ def _classes(counts: np.ndarray, predictions: np.ndarray, length: int, most_pred
     return [(count, members) for room in rooms for count, _, members in room]
 
 
-def join(batch: dict[str, np.ndarray], owners: np.ndarray, rows: int, length: int, most_predictions: int
+def join(batch: dict[str, np.ndarray], owners: np.ndarray, rows: int, length: int, most_predictions: int, pad_id: int
          ) -> dict[str, np.ndarray]:
     """Masked examples, one a row -> the same, several a row: example i in row owners[i], after those before it.
 
@@ -120,31 +120,23 @@ def join(batch: dict[str, np.ndarray], owners: np.ndarray, rows: int, length: in
       rows: B.
       length: L of the rows.
       most_predictions: P of the rows.
+      pad_id: what stands after a row's last example.
 
     Returns:
       Arrays [B, L], [B, P] and [B, E].
     """
     real, masked = batch['input_mask'] > 0, batch['masked_lm_weights'] > 0
-    turn, first = before(owners, np.ones(len(owners), np.int64)), before(owners, real.sum(1))
+    number, place = before(owners, np.ones(len(owners), np.int64)), before(owners, real.sum(1))
+    widths = {'length': length, 'predictions': most_predictions, 'pairs': slots(length)}
+    cells = {'length': real, 'predictions': masked, 'pairs': np.ones((len(owners), 1), bool)}  # what holds something
+    begins = {'length': place, 'predictions': before(owners, masked.sum(1)), 'pairs': number}  # in the row
     joined = {}
-
-    def scatter(name: str, width: int, row: np.ndarray, column: np.ndarray, values: np.ndarray) -> None:
-        joined[name] = np.zeros((rows, width), batch[name].dtype)
-        joined[name][row, column] = values
-
-    example, place = np.nonzero(real)
-    at = owners[example], first[example] + place
-    for name in ('input_ids', 'segment_ids', 'position_ids'):
-        scatter(name, length, *at, batch[name][real])
-    scatter('input_mask', length, *at, turn[example] + 1)
-    example, _ = np.nonzero(masked)
-    at = owners[example], (before(owners, masked.sum(1))[example] + np.nonzero(masked)[1])
-    scatter('masked_lm_positions', most_predictions, *at, batch['masked_lm_positions'][masked] + first[example])
-    for name in ('masked_lm_ids', 'masked_lm_weights'):
-        scatter(name, most_predictions, *at, batch[name][masked])
-    scatter('cls_positions', slots(length), owners, turn, first)
-    for name in ('next_sentence_labels', 'next_sentence_weights'):
-        scatter(name, slots(length), owners, turn, batch[name][:, 0])
+    for name, values in batch.items():
+        field = fields.FIELDS[name]
+        example, column = np.nonzero(cells[field.axis])
+        added = {'': 0, 'place': place[example], 'number': number[example]}[field.adds]
+        joined[name] = fields.full(name, (rows, widths[field.axis]), pad_id)
+        joined[name][owners[example], begins[field.axis][example] + column] = values[example, column] + added
     return joined
 
 

@@ -71,6 +71,10 @@ def _next_sentence(split: Split, key: int, budget: int, target: np.ndarray) -> n
         raise UserError('Next-sentence pairs need at least two documents, this side of the store has one: '
                         'separate documents by blank lines, hold out more (--held_out), '
                         'or train without pairs (--config configs/pretrain.py:SIZE,no_nsp).')
+    if split.document_lengths.max() == 1:
+        raise UserError('Every document of this side of the store has one sentence, so next-sentence prediction has '
+                        'one answer: give text with one sentence a line and blank lines between documents, or train '
+                        'without pairs (--config configs/pretrain.py:SIZE,no_nsp).')
     starts = split.sentence_starts
 
     def step(document: np.ndarray, first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 Devlin et al. 2019, 4.2 and 4.3; windows and the best-context rule as in the original run_squad.py.
 """
 
+import bisect
 import dataclasses
 import json
 import operator
@@ -123,7 +124,7 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
     token_labels hold what `decode` needs: offsets into the passage, and where a token has its widest context.
     """
     made, owners, starts, ends, begins, finishes, widest, truncated, lost = [], [], [], [], [], [], [], 0, 0
-    passage, ids, offsets, apart = None, [], [], 0
+    passage, ids, bounds, apart = None, [], None, 0
     for number, question in enumerate(rows):
         asked = tokenizer.encode(question.text)
         truncated += len(asked) > task.settings['max_query_length']
@@ -131,7 +132,8 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
         if question.passage != passage:  # often several questions on one
             passage = question.passage
             ids, offsets = tokenizer.encode_with_offsets(passage)
-        first, last = token_span(question, offsets)
+            bounds = Bounds(offsets)
+        first, last = token_span(question, bounds)
         size = max_length - len(asked) - 3
         if size < 1:
             raise UserError(f'max_length {max_length} leaves no room for a passage beside questions of '
@@ -146,10 +148,10 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
             inside = first is not None and begin <= first and last < end
             starts.append(before + first - begin if inside else 0)
             ends.append(before + last - begin if inside else 0)
-            begins += [*[-1] * before, *(b for b, _ in offsets[begin:end]), -1]
-            finishes += [*[-1] * before, *(e for _, e in offsets[begin:end]), -1]
-            widest += [*[0] * before, *(int(best) for best in best_context(spans, begin, end)), 0]
-    tokens = {name: np.array(values, np.int32) for name, values in
+            begins.append(np.pad(bounds.begins[begin:end], (before, 1), constant_values=-1))
+            finishes.append(np.pad(bounds.ends[begin:end], (before, 1), constant_values=-1))
+            widest.append(np.pad(best_context(spans, begin, end).astype(np.int32), (before, 1)))
+    tokens = {name: np.concatenate(values).astype(np.int32) for name, values in
               (('offset_begins', begins), ('offset_ends', finishes), ('best_context', widest))}
     return encoded.collect(
         made, {'start_positions': np.array(starts, np.int32), 'end_positions': np.array(ends, np.int32)},
@@ -160,7 +162,16 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
         ) if count))
 
 
-def token_span(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[int | None, int | None]:
+class Bounds:
+    """Where the tokens of a passage begin and end in it, in characters; and the tokens by where they do."""
+
+    def __init__(self, offsets: Sequence[tuple[int, int]]) -> None:
+        self.begins, self.ends = np.array(offsets, np.int64).reshape(-1, 2).T
+        self.first = {b: i for i, (b, e) in enumerate(offsets) if e > b}
+        self.last = {e: i for i, (b, e) in enumerate(offsets) if e > b}
+
+
+def token_span(question: Question, bounds: Bounds) -> tuple[int | None, int | None]:
     """First and last token of the first answer that is made of whole tokens where it stands; (None, None) without one.
 
     A place that cuts a token in two ('four' in 'fourth') is not where an answer stands: the nearest place where its
@@ -170,9 +181,7 @@ def token_span(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[
                for text, start in question.answers if text.strip()]
     if not answers:
         return None, None
-    begins = {b: i for i, (b, e) in enumerate(offsets) if e > b}
-    ends = {e: i for i, (b, e) in enumerate(offsets) if e > b}
-
+    begins, ends = bounds.first, bounds.last
     for text, given in answers:
         if given in begins and given + len(text) in ends:
             return begins[given], ends[given + len(text)]
@@ -183,8 +192,8 @@ def token_span(question: Question, offsets: Sequence[tuple[int, int]]) -> tuple[
             begin = min(whole, key=lambda place: abs(place - given))
             return begins[begin], ends[begin + len(text)]
     text, given = answers[0]
-    touched = [i for i, (b, e) in enumerate(offsets) if b < given + len(text) and e > given]
-    return (touched[0], touched[-1]) if touched else (None, None)
+    touched = np.flatnonzero((bounds.begins < given + len(text)) & (bounds.ends > given))
+    return (int(touched[0]), int(touched[-1])) if len(touched) else (None, None)
 
 
 def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int]]:
@@ -197,19 +206,22 @@ def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int]]:
         begin += min(stride, size)
 
 
-def best_context(spans: Sequence[tuple[int, int]], begin: int, end: int) -> np.ndarray:
+def best_context(spans: list[tuple[int, int]], begin: int, end: int) -> np.ndarray:
     """bool [end - begin]: for which tokens of this window no other window has more context (the first of equals).
 
     A token's context is the smaller of what is left and right of it, plus a hundredth of the window's length.
+    Of the windows (ascending) only those that overlap are looked at.
     """
-    at = np.arange(begin, end)
+    if begin == end:  # a passage without tokens
+        return np.zeros(0, bool)
+    at, before = np.arange(begin, end), bisect.bisect_right(spans, begin, key=lambda span: span[1])
+    near = spans[before:bisect.bisect_left(spans, end, key=lambda span: span[0])]
 
     def context(b: int, e: int) -> np.ndarray:
         inside = (at >= b) & (at < e)
         return np.where(inside, np.minimum(at - b, e - 1 - at) + 0.01 * (e - b), -1.0)
 
-    every = np.stack([context(b, e) for b, e in spans])
-    return every.argmax(0) == list(spans).index((begin, end))
+    return np.stack([context(b, e) for b, e in near]).argmax(0) == near.index((begin, end))
 
 
 def decode(task: Task, rows: Sequence[Question], data: encoded.Encoded, outputs: dict[str, Sequence[np.ndarray]]
@@ -287,8 +299,7 @@ def score(task: Task, rows: Sequence[Question], outputs: dict[str, Sequence[np.n
     if task.settings['null_threshold'] is not None:
         over_all = {key: value for key, value in scores.squad(answers, best, odds).items() if key.startswith('best_')}
         return scores.squad(answers, {row.id: one['text'] for row, one in zip(rows, predictions)}, odds) | over_all
-    each = {id_: max([scores.token_f1(text, best[id_]) for text in gold] or [float(not best[id_])])
-            for id_, gold in answers.items()}
+    each = scores.of_each_question(answers, best, unanswerable=True)['f1']
     value, threshold = scores.best_threshold(answers, best, each, odds)
     if value == 100 * sum(not gold for gold in answers.values()) / len(answers):
         threshold = min(odds.values()) - 1.0  # never answering is best; the published search says 0 then

@@ -3,13 +3,16 @@
 import csv
 import functools
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from bert_jax import cli
 from bert_jax.cli import UserError
 
 T = TypeVar('T')
@@ -19,15 +22,43 @@ csv.field_size_limit(sys.maxsize)  # a text may be long
 def read_table(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, record) of each row of a .csv, .tsv or .jsonl file; in a .tsv quotes are only quotes.
 
+    Standard input (-), and files of other names, are read if they hold JSON lines.
+
     Raises:
       UserError: no such file, an unknown ending, not UTF-8, not JSON, a column that stands twice, a row of another
         width than the header (file and line).
     """
-    reader = READERS.get(os.path.splitext(file)[1].lower())
+    reader = READERS.get(_ending(file)) or (_json_rows if is_json_lines(file) else None)
     if reader is None:
         raise UserError(f'{file}: a table ends with {", ".join(READERS)}.')
-    with open_text(file) as lines:
+    with open_text(file, newline='' if _ending(file) == '.csv' else '\n') as lines:
         yield from decoded(file, reader(file, lines))
+
+
+def _ending(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
+
+
+def is_table(file: str) -> bool:
+    """Whether `read_table` reads it."""
+    return _ending(file) in READERS or is_json_lines(file)
+
+
+def is_json_lines(file: str) -> bool:
+    """Whether a file's first line that is not empty is a JSON object."""
+    if _ending(file) in READERS:
+        return False
+    with open_text(file) as lines:
+        first = next((line for line in decoded(file, lines) if line.strip()), '')
+    try:
+        return isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
+
+
+def columns(file: str) -> list[str]:
+    """The columns of a table's first row."""
+    return next((list(record) for _, record in read_table(file)), [])
 
 
 def read_rows(file: str) -> Iterator[tuple[str, list[str]]]:
@@ -37,12 +68,20 @@ def read_rows(file: str) -> Iterator[tuple[str, list[str]]]:
                                    for number, line in enumerate(lines, 1) if line.strip()))
 
 
-def open_text(file: str) -> Any:
-    """A UTF-8 file, with or without a byte-order mark."""
+def open_text(file: str, newline: str = '\n') -> Any:
+    """A UTF-8 file, with or without a byte-order mark, or standard input (-); a lone carriage return ends no line."""
+    if file == '-':
+        return io.StringIO(_standard_input())
     try:
-        return open(file, newline='', encoding='utf-8-sig')
+        return open(file, newline=newline, encoding='utf-8-sig')
     except OSError as error:
         raise UserError(f'{file}: {error.strerror}.') from error
+
+
+@functools.cache
+def _standard_input() -> str:
+    """All of it, to be looked at more than once."""
+    return ''.join(decoded('-', sys.stdin)).removeprefix('\ufeff')
 
 
 def decoded(file: str, rows: Iterator[T]) -> Iterator[T]:
@@ -79,29 +118,62 @@ def check_characters(where: str, text: str, record: Any) -> None:
         raise UserError(f'{where}: half of a surrogate pair (\\ud8..), which is no character.')
 
 
-def _rows_under_a_header(file: str, lines: Iterator[str], **dialect: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader, header, where = csv.reader(lines, **dialect), None, f'{file}:1'
-    try:
-        for row in reader:
-            if header is None:
-                header = row
-                twice = [name for name in header if header.count(name) > 1]
-                if twice:
-                    raise UserError(f'{where}: the column {twice[0]!r} stands twice.')
-            elif row or len(header) == 1:  # of one column, an empty line is an empty text
-                row = row or ['']
-                if len(row) != len(header):
-                    raise UserError(f'{where}: {len(row)} columns where the header has '
-                                    f'{len(header)} ({", ".join(header)}).')
-                yield where, dict(zip(header, row))
-            where = f'{file}:{reader.line_num + 1}'  # a row may have several lines
-    except csv.Error as error:
-        raise UserError(f'{file}:{reader.line_num}: not readable as CSV ({error}).') from error
+def _csv_rows(file: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    first = next(lines, '')
+    begins, given = 1, re.fullmatch(r'"?sep=(.)"?\s*', first)  # what Excel reads and writes
+    if given:
+        delimiter, first, begins = given[1], next(lines, ''), 2
+    else:
+        delimiter = _delimiter(first)
+    if delimiter != ',':
+        cli.note(f'{file}: its columns are separated by {NAMES.get(delimiter, repr(delimiter))}.')
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        line = begins
+        try:
+            for row in reader:
+                yield line, row
+                line = begins + reader.line_num  # a row may have several lines
+        except csv.Error as error:
+            raise UserError(f'{file}:{begins + reader.line_num - 1}: not readable as CSV ({error}).') from error
+
+    return _under_a_header(file, rows())
 
 
-READERS = {'.csv': functools.partial(_rows_under_a_header, strict=True),
-           '.tsv': functools.partial(_rows_under_a_header, delimiter='\t', quoting=csv.QUOTE_NONE),
-           '.jsonl': _json_rows, '.json': _json_rows}
+NAMES = {';': 'semicolons', '\t': 'tabs', '|': '|'}
+
+
+def _delimiter(header: str) -> str:
+    """What separates the columns of a header: the comma where there is one outside of quotes, else what is there."""
+    bare = re.sub(r'"(?:[^"]|"")*"', '', header)
+    return ',' if ',' in bare else max(NAMES, key=bare.count) if any(sign in bare for sign in NAMES) else ','
+
+
+def _tsv_rows(file: str, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    return _under_a_header(file, ((number, line.rstrip('\r\n').split('\t') if line.strip('\r\n') else [])
+                                  for number, line in enumerate(lines, 1)))
+
+
+def _under_a_header(file: str, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Records of (line, fields), the first of which are the names."""
+    header = None
+    for number, row in rows:
+        where = f'{file}:{number}'
+        if header is None:
+            header = row
+            twice = [name for name in header if header.count(name) > 1]
+            if twice:
+                raise UserError(f'{where}: the column {twice[0]!r} stands twice.')
+        elif row or len(header) == 1:  # of one column, an empty line is an empty text
+            row = row or ['']
+            if len(row) != len(header):
+                raise UserError(f'{where}: {len(row)} columns where the header has '
+                                f'{len(header)} ({", ".join(header)}).')
+            yield where, dict(zip(header, row))
+
+
+READERS = {'.csv': _csv_rows, '.tsv': _tsv_rows, '.jsonl': _json_rows, '.json': _json_rows}
 
 
 def text(where: str, record: dict[str, Any], name: str) -> str:
@@ -127,8 +199,13 @@ def column(where: str, record: dict[str, Any], name: str) -> Any:
       UserError: there is none of that name; those that exist are listed.
     """
     if name not in record:
-        raise UserError(f'{where}: no column {name!r}; there are: {", ".join(record)}.')
+        raise no_column(where, name, record)
     return record[name]
+
+
+def no_column(where: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a column that is not there."""
+    return UserError(f'{where}: no column {name!r}; there are: {", ".join(known)}.')
 
 
 def whole(where: str, name: str, value: Any) -> int:
@@ -138,7 +215,7 @@ def whole(where: str, name: str, value: Any) -> int:
       UserError: it is none.
     """
     try:
-        number = int(value)
+        number = int(float(value)) if re.fullmatch(r'\s*-?\d+\.0+\s*', str(value)) else int(value)
         if isinstance(value, float) and number != value:
             raise ValueError
         return number

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import scores
+from bert_jax import cli, scores
 from bert_jax.cli import UserError, choose
 from bert_jax.data import encoded, tables
 from bert_jax.data.task import Task
@@ -43,12 +43,13 @@ class Sentence:
         return f'{file}:{int(line) + word * self.word_a_line}'
 
 
-def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bool = True) -> list[Sentence]:
+def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bool = True, sentence_column: str = ''
+         ) -> list[Sentence]:
     """Sentences of a column file or of a table.
 
     A column file has a word a line, blank lines between sentences, -DOCSTART- between documents, and columns with
     spaces or tabs between them. A table (.csv or .jsonl, or columns that are given by name) has a sentence a row, its
-    words and tags as lists or with spaces between them.
+    words and tags as lists or with spaces between them; or a word a row, and a column that says of which sentence.
 
     Args:
       file: its path.
@@ -56,14 +57,16 @@ def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bo
         last); of a table names ('': 'words' and 'tags').
       scheme: of its tags: 'iob1', 'iob2' or 'iobes'; IOB2 comes out.
       labelled: whether tags are there.
+      sentence_column: of a table with a word a row, whose value changes with the sentence and may be empty after its
+        first word; '': the one that is called 'Sentence #', 'sentence_id' or the like.
 
     Raises:
-      UserError: a line with too few columns, a sentence with more words than tags, a tag that is none of the scheme
-        (file and line), no sentence.
+      UserError: a line with too few columns, a table with a word a row and no such column, a sentence with more words
+        than tags, a tag that is none of the scheme (file and line), no sentence.
     """
     convert = choose('tag scheme', SCHEMES, scheme)
     if is_table(file, word_column, tag_column):
-        sentences = list(_from_table(file, word_column or 'words', tag_column or 'tags', convert, labelled))
+        sentences = _from_table(file, word_column or 'words', tag_column or 'tags', sentence_column, convert, labelled)
     else:
         sentences = list(_from_columns(file, int(word_column or 0), int(tag_column or -1), convert, labelled))
     if not sentences:
@@ -77,17 +80,63 @@ def is_table(file: str, word_column: str, tag_column: str) -> bool:
     return bool(named) or file.lower().endswith(('.csv', '.jsonl', '.json'))
 
 
-def _from_table(file: str, word_column: str, tag_column: str, convert: Callable, labelled: bool) -> Iterator[Sentence]:
+def _from_table(file: str, word_column: str, tag_column: str, sentence_column: str, convert: Callable, labelled: bool
+                ) -> list[Sentence]:
+    rows = []
     for where, record in tables.read_table(file):
         words, tags = (_parts_of(where, record, name) if name else None
                        for name in (word_column, tag_column if labelled else ''))
         if not words:
             raise UserError(f'{where}: no words.')
-        if tags is not None:
-            if len(words) != len(tags):
-                raise UserError(f'{where}: {len(words)} words and {len(tags)} tags.')
-            tags = tuple(convert([_checked(where, tag) for tag in tags], lambda at, where=where: where))
-        yield Sentence(tuple(words), tags, 0, where)
+        if tags is not None and len(words) != len(tags):
+            raise UserError(f'{where}: {len(words)} words and {len(tags)} tags.')
+        rows.append((where, record, words, tags))
+    column = _sentence_column(file, rows, word_column, sentence_column)
+    groups = _by_sentence(rows, column) if column else [[row] for row in rows]
+    return [_sentence(group, convert, word_a_line=bool(column)) for group in groups]
+
+
+SENTENCE_COLUMNS = {'sentence', 'sentenceid', 'sentencenumber', 'sentenceno', 'sentenceindex', 'sentid', 'sent'}
+Rows = list[tuple[str, dict[str, Any], list[str], list[str] | None]]  # where, record, words, tags
+
+
+def _sentence_column(file: str, rows: Rows, word_column: str, given: str) -> str:
+    """The column that says of which sentence a row's word is; '' where a row is a sentence."""
+    if given:
+        tables.column(rows[0][0] if rows else file, rows[0][1] if rows else {}, given)
+        return given
+    if len(rows) < 2 or any(len(words) > 1 for _, _, words, _ in rows):
+        return ''
+    names = [name for name in rows[0][1] if name != word_column]
+    found = next((name for name in names if re.sub('[^a-z]', '', name.lower()) in SENTENCE_COLUMNS), '')
+    if not found:
+        raise UserError(f'{file}: a word a row, and no column says of which sentence; --config.task.sentence_column '
+                        f'names it (there are: {", ".join(names)}), or write a sentence a row.')
+    cli.note(f'{file}: a word a row; the column {found!r} says of which sentence.')
+    return found
+
+
+def _by_sentence(rows: Rows, column: str) -> list[Rows]:
+    """Runs of rows: another value of the column begins a sentence, an empty one goes on with it."""
+    groups, last = [], None
+    for row in rows:
+        value = tables.column(row[0], row[1], column)
+        value = '' if value is None or value != value else str(value).strip()  # NaN is not itself
+        if not groups or (value and value != last):
+            groups.append([])
+        last = value or last
+        groups[-1].append(row)
+    return groups
+
+
+def _sentence(group: Rows, convert: Callable, word_a_line: bool) -> Sentence:
+    """The sentence of a row, or of the rows of its words."""
+    words = [word for _, _, parts, _ in group for word in parts]
+    tags, wheres = None, [where for where, _, parts, _ in group for _ in parts]
+    if group[0][3] is not None:
+        found = [_checked(where, tag) for where, tag in zip(wheres, (tag for *_, parts in group for tag in parts))]
+        tags = tuple(convert(found, wheres.__getitem__))
+    return Sentence(tuple(words), tags, 0, group[0][0], word_a_line)
 
 
 def _parts_of(where: str, record: dict[str, Any], name: str) -> list[str]:
@@ -99,7 +148,8 @@ def _parts_of(where: str, record: dict[str, Any], name: str) -> list[str]:
 
 def _checked(where: str, tag: str) -> str:
     if not TAG.fullmatch(tag):
-        raise UserError(f'{where}: {tag!r} is not a tag; O, B-TYPE, I-TYPE are.')
+        raise UserError(f'{where}: {tag!r} is not a tag; O, B-TYPE and I-TYPE are (and E-, S-, L-, U- of iobes); tags '
+                        'without them, such as parts of speech, are not read.')
     return tag
 
 
@@ -181,6 +231,8 @@ def with_tags(task: Task, named_by: Sequence[Sentence]) -> Task:
     """
     types = sorted({tag[2:] for sentence in named_by for tag in sentence.tags} - {''})
     labels = task.labels or ('O', *(f'{prefix}-{kind}' for kind in types for prefix in 'BI'))
+    if len(set(labels)) < len(labels):
+        raise UserError(f'--config.task.labels: {next(x for x in labels if labels.count(x) > 1)!r} stands twice.')
     if len(labels) < 2:
         raise UserError(f'{named_by[0].where.rpartition(":")[0]}: no tag but O in it; is tag_column the right one?')
     splits, notes = dict(task.splits), task.notes
@@ -217,9 +269,10 @@ def encode(task: Task, rows: Sequence[Sentence], tokenizer: Tokenizer, max_lengt
         if task.settings.get('document_context'):
             low, high = _document(rows, number, pieces, budget)
         around = [piece for sentence in pieces[low:high + 1] for piece in sentence]
+        sizes = [len(piece) for piece in around]
         offset = sum(map(len, pieces[low:number]))                                    # words before this sentence
         for begin, end in _cores([len(piece) for piece in pieces[number]], budget):
-            left, right = _widen([len(piece) for piece in around], offset + begin, offset + end, budget)
+            left, right = _widen(sizes, offset + begin, offset + end, budget)
             ids, labels, which = [tokenizer.cls_id], [-1], [-1]
             for at in range(left, right):
                 word, inside = at - offset, offset + begin <= at < offset + end
@@ -291,20 +344,35 @@ def decode(task: Task, rows: Sequence[Sentence], data: encoded.Encoded, outputs:
         names, values = [task.labels[i] for i in here.argmax(-1)], here.max(-1)
         found.append({'tags': names, 'scores': values.round(6).tolist(), 'entities': [
             entity | {'score': round(float(values[entity['begin']:entity['end']].mean()), 6)}
-            for entity in entities(row.words, names)]})
+            for entity in entities(row.words, names, task.labels)]})
     return found
 
 
-def entities(words: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs of one type, as conlleval reads them: an I- after another type begins an entity too."""
-    found = []
-    for at, prefix, kind, _, before in _parts(tags):
-        if prefix == 'O':
-            continue
-        if prefix == 'B' or kind != before:
-            found.append({'type': kind, 'begin': at, 'end': at})
-        found[-1]['end'] = at + 1
-    return [entity | {'text': ' '.join(words[entity['begin']:entity['end']])} for entity in found]
+PREFIXED = re.compile(r'([BIESLUM])[-_](.+)')
+LIKE_SEQEVAL = str.maketrans('LUM', 'ESI')
+
+
+def entities(words: Sequence[str], tags: Sequence[str], labels: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Entities as seqeval (conlleval) reads them, of any scheme: IOB1, IOB2, IOBES, BILOU, BMES, also broken ones.
+
+    Where the labels have no prefixes but an O, runs of equal type are entities; without an O (parts of speech, LABEL_0)
+    there are none.
+
+    Args:
+      words, tags: of one sentence.
+      labels: all that there are; those of the sentence if not given.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    labels = set(labels or tags)
+    if all(PREFIXED.fullmatch(label) for label in labels - {'O'}):
+        tags = [tag if tag == 'O' else f'{tag[0].translate(LIKE_SEQEVAL)}-{tag[2:]}' for tag in tags]
+    elif 'O' in labels:
+        tags = [tag if tag == 'O' else f'I-{tag}' for tag in tags]
+    else:
+        return []
+    return [{'type': kind, 'begin': begin, 'end': end + 1, 'text': ' '.join(words[begin:end + 1])}
+            for kind, begin, end in get_entities(list(tags))]
 
 
 def score(task: Task, rows: Sequence[Sentence], outputs: dict[str, np.ndarray], predictions: list[dict[str, Any]]

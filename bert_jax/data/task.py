@@ -1,6 +1,7 @@
 """What a fine-tuning task is."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 
@@ -26,3 +27,22 @@ class Task:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     submission: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+PLACE = ('id', 'where')  # of an example: not what it says
+
+
+def identity(task: Task) -> dict[str, Any]:
+    """What a run on this task is about: a hash of each split that is learned from or scored, and the label names.
+
+    Two files of the same examples in the same order have one identity, wherever they lie.
+    """
+    def digest(rows: list[Any]) -> str:
+        found = hashlib.sha256()
+        for row in rows:
+            fields = [getattr(row, field.name) for field in dataclasses.fields(row) if field.name not in PLACE]
+            found.update(repr(fields).encode(errors='surrogatepass'))
+        return found.hexdigest()[:16]
+
+    hashes = {split: digest(rows) for split, rows in task.splits.items() if rows and not split.startswith('test')}
+    return hashes | {'labels': list(task.labels)}

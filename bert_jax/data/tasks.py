@@ -7,6 +7,7 @@ outputs become predictions, and predictions are scored (KINDS).
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def own_texts(kind: str, *, train_file: str, dev_file: str, test_file: str, text
     read = functools.partial(texts.read, text=text_column, pair=text_pair_column, label=label_column)
     splits, named_by, notes = _splits(train_file, dev_file, test_file, read, dev_share,
                                       lambda row: f'{row.text}\0{row.pair}')
-    task = Task(kind, splits, tuple(map(str, labels)), notes=notes)
+    task = texts.empty_texts(Task(kind, splits, tuple(map(str, labels)), notes=notes))
     if kind == 'regression':
         return texts.with_numbers(dataclasses.replace(task, best='spearman'))
     if kind == 'multilabel':
@@ -86,8 +87,8 @@ def own_texts(kind: str, *, train_file: str, dev_file: str, test_file: str, text
     return texts.with_classes(task, named_by)
 
 
-def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str, tag_column: str, scheme: str,
-            labels: Sequence[str], dev_share: float, **settings: Any) -> Task:
+def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str, tag_column: str, sentence_column: str,
+            scheme: str, labels: Sequence[str], dev_share: float, **settings: Any) -> Task:
     """CoNLL column files and tables; see `tags.read`. A test file without tags is predicted, one with tags scored too.
 
     For the other settings see `conll2003`.
@@ -95,7 +96,8 @@ def tagging(*, train_file: str, dev_file: str, test_file: str, word_column: str,
     if settings['document_context'] and tags.is_table(train_file, word_column, tag_column):
         raise UserError('--config.task.document_context=True: tables say nothing of documents; column files do, with '
                         f'{tags.DOCUMENT} between them.')
-    read = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme)
+    read = functools.partial(tags.read, word_column=word_column, tag_column=tag_column, scheme=scheme,
+                             sentence_column=sentence_column)
     splits, named_by, notes = _splits(train_file, dev_file, test_file, read, dev_share, lambda row: ' '.join(row.words))
     task = _tagging(splits, tuple(map(str, labels)), named_by, **settings)
     return dataclasses.replace(task, notes=(*notes, *task.notes))
@@ -191,6 +193,85 @@ def read(name: str, settings: dict[str, Any]) -> Task:
         raise UserError(f'--config.task.name={name}: {error}; --config configs/finetune.py:{name} has its settings.'
                         ) from error
     return reader(**settings)
+
+
+def read_inputs(file: str, kind: str, settings: dict[str, Any]) -> tuple[list[Any], int]:
+    """(examples of a file to be predicted, how many of its lines were left out), by the code that reads training data.
+
+    Tables and JSON lines are read by the columns that the run's task names, or else by the usual ones; other files hold
+    an example a line, with tabs between its parts. Empty lines are empty texts, in their place; where an example needs
+    more than a text they are left out.
+
+    Args:
+      file: its path, or - for standard input.
+      kind: a KINDS name, or 'fill_mask'.
+      settings: of the task that the model was fine-tuned on, `name` included; {} for none.
+
+    Raises:
+      UserError: as the kind's reader; a line that is no example of the kind.
+    """
+    module = KINDS[kind].module if kind in KINDS else texts
+    if module is tags and not tables.is_table(file) and os.path.splitext(file)[1].lower() not in ('', '.txt'):
+        return tags.read(file, '', '', 'iob2', labelled=False), 0
+    if tables.is_table(file) or (module is spans and file.endswith('.json')):
+        return _read_columns(file, module, settings), 0
+    with tables.open_text(file) as lines:
+        every = [line.rstrip('\r\n') for line in tables.decoded(file, lines)]
+    while every and not every[-1].strip():
+        every.pop()
+    found = [(f'{file}:{number}', line) for number, line in enumerate(every, 1)
+             if line.strip() or module in (texts, tags)]
+    return [parsed(module, kind, parts_of(line), where) for where, line in found], len(every) - len(found)
+
+
+def _read_columns(file: str, module: Any, settings: dict[str, Any]) -> list[Any]:
+    known = tables.columns(file)
+
+    def column(key: str, *usual: str) -> str:
+        """The column that the run names, if it is there; else a usual one that is."""
+        named = settings.get(key, '')
+        return next((name for name in (named, *usual) if name and name in known), named or usual[0])
+
+    if module is spans:
+        names = ('question', 'passage', 'answer', 'answer_start', 'id')
+        given = {f'{name}_column': column(f'{name}_column', name) for name in names}
+        rows = spans.read(file, labelled=False, **({} if file.endswith('.json') else given))
+        return [dataclasses.replace(row, id='') if row.id == row.where else row for row in rows]
+    if module is tags:
+        words = column('word_column', 'words', 'tokens')
+        if words not in known and file.endswith('.tsv'):
+            words = ''  # a word a line
+        return tags.read(file, words, '', 'iob2', labelled=False, sentence_column=settings.get('sentence_column', ''))
+    if module is choices:
+        several = settings.get('choice_columns', ())
+        columns = {'context_column': column('context_column', 'context'),
+                   'choice_columns': several if several and set(several) <= set(known) else ('choices',)}
+        form = settings.get('format', 'plain')
+        return choices.read(file, form, labelled=False, **(columns if form == 'plain' else {}))
+    text, pair = glue.columns(settings.get('name', ''))
+    pair = column('text_pair_column', *filter(None, (pair,)), 'text_pair')
+    rows = texts.read(file, column('text_column', *filter(None, (text,)), 'text'), pair if pair in known else '', '',
+                      labelled=False)
+    if settings.get('text_pair_column') and pair not in known:
+        raise tables.no_column(file, settings['text_pair_column'], known)
+    return rows
+
+
+def parts_of(line: str) -> str | tuple[str, ...]:
+    """A line as an example: a text, or several with tabs between them."""
+    parts = tuple(line.split('\t'))
+    return parts if len(parts) > 1 else line
+
+
+def parsed(module: Any, kind: str, value: Any, where: str) -> Any:
+    """A kind's example made of one input, or an error that names it."""
+    try:
+        row = module.parse(value)
+    except (KeyError, ValueError, TypeError) as error:
+        at = f'{where}: ' if where else ''
+        raise UserError(f'{at}{str(value)[:80]!r} is not what a model for {kind} takes; see '
+                        'python -m bert_jax.predict --help.') from error
+    return dataclasses.replace(row, where=where)
 
 
 TASKS = {

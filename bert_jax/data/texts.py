@@ -1,11 +1,14 @@
 """Sentences and pairs with a class, several classes, or a number: classification, multi-label, regression."""
 
+import ast
 import csv
 import dataclasses
 import io
+import json
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,49 +42,115 @@ def read(file: str, text: str, pair: str, label: str, labelled: bool = True) -> 
     """Rows of a table; `pair` may be '', for none. Unless they are `labelled`, labels are not looked at."""
     rows = []
     for where, record in tables.read_table(file):
-        value = tables.column(where, record, label) if labelled else None
+        value = _label(where, tables.column(where, record, label)) if labelled else None
         if labelled and value is None:
             raise UserError(f'{where}: no label.')
         other = tables.text(where, record, pair) if pair else None
-        rows.append(Row(tables.text(where, record, text), other,
-                        value if value is None or isinstance(value, list) else str(value), where))
+        rows.append(Row(tables.text(where, record, text), other, value, where))
     if not rows:
         raise UserError(f'{file}: no rows in it.')
     return rows
 
 
+def _label(where: str, value: Any) -> Any:
+    """A label as it is given: a text or number as text, a list as it is; None for none (null, NaN)."""
+    if value is None or value != value:
+        return None
+    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, (dict, list)) for one in value)):
+        raise UserError(f'{where}: the label {json.dumps(value)[:40]} is neither a name, a number nor a list of names.')
+    return value if isinstance(value, list) else _named(value)
+
+
+def _named(value: Any) -> str:
+    """The name of a label that may be a number: 1.0 is 1."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def with_classes(task: Task, named_by: Sequence[Row] = ()) -> Task:
     """A task whose label names, unless given, are those of `named_by`; checks every label.
 
+    Blanks around a label are no part of it, and 1.0 is 1 where there is a 1 too. Whole numbers are sorted as numbers.
+
     Raises:
-      UserError: fewer than two labels, a row without one, or one that is not in the set (file and line).
+      UserError: fewer than two labels, one that is given twice, a row without one, or one that is not in the set (file
+        and line).
     """
-    labels = task.labels or tuple(sorted({str(row.label) for row in named_by} - {''}))
-    _check_count(task, labels)
+    task, tidied = _tidied(task)
+    labels = task.labels or sort_labels(tidied(row.label) for row in named_by if isinstance(row.label, str))
+    check_labels(task.labels or labels, task.splits['train'][0].where)
 
     def problem(row: Row) -> str:
         if row.label == '':
             return 'no label'
-        known = isinstance(row.label, str) and row.label in labels
-        return '' if known else f'label {row.label!r} is not in the label set: {", ".join(labels)}'
+        if isinstance(row.label, list):
+            return 'a list is the label of a multilabel task (--config configs/finetune.py:multilabel)'
+        return '' if row.label in labels else f'label {row.label!r} is not in the label set: {", ".join(labels)}'
 
     return dataclasses.replace(_checked(task, problem), labels=labels)
+
+
+def _tidied(task: Task) -> tuple[Task, Callable[[str], str]]:
+    """The task with its labels tidied, with a note of how many were not; and what tidies one."""
+    found = {row.label for rows in task.splits.values() for row in rows if isinstance(row.label, str)}
+    names = {label.strip() for label in found}
+
+    def tidied(label: str) -> str:
+        label = label.strip()
+        whole = re.fullmatch(r'(-?\d+)\.0+', label)
+        return whole[1] if whole and whole[1] in names and label not in task.labels else label
+
+    changed = [label for label in found if tidied(label) != label]
+    if not changed:
+        return task, tidied
+    count = sum(row.label in changed for rows in task.splits.values() for row in rows if isinstance(row.label, str))
+    note = (f'{count:,} labels are taken for others that differ in blanks or in .0 alone: '
+            f'{", ".join(map(repr, sorted(changed)[:5]))}')
+    task = _labels_as(task, lambda row: tidied(row.label) if isinstance(row.label, str) else row.label, task.labels)
+    return dataclasses.replace(task, notes=(*task.notes, note)), tidied
+
+
+def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """The different ones: whole numbers by size, others by their letters."""
+    found = set(labels) - {''}
+    whole = all(re.fullmatch(r'-?\d+', label) for label in found)
+    return tuple(sorted(found, key=int if whole else str))
+
+
+def check_labels(labels: Sequence[str], where: str) -> None:
+    """Refuses label names that are fewer than two, or one that stands twice."""
+    if len(labels) < 2:
+        raise UserError(f'{where.rpartition(":")[0]}: {len(labels)} labels ({", ".join(labels)}); two or more are '
+                        'expected.')
+    twice = next((label for label in labels if list(labels).count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f'--config.task.labels: {twice!r} stands twice.')
 
 
 def with_label_sets(task: Task, named_by: Sequence[Row] = ()) -> Task:
     """A multi-label task: each label is a list (JSON lines) or names with |, commas or spaces between them; or none.
 
-    What stands between names is the first of these that any row has: with commas, names may have spaces.
+    What stands between names is the first of these that any row has: with commas, names may have spaces. A list that
+    was written as text ("['a', 'b']") is a list. Lists of as many 0s and 1s as --config.task.labels has names say which
+    of these a row has.
+
+    Raises:
+      UserError: as `with_classes`; lists of 0s and 1s whose names are not given.
     """
-    texts = [row.label for rows in (named_by, *task.splits.values()) for row in rows if isinstance(row.label, str)]
+    task, named_by = _labels_as(task, _as_list, task.labels), [dataclasses.replace(
+        row, label=_as_list(row)) for row in named_by]
+    every = [row for rows in (named_by, *task.splits.values()) for row in rows if row.label is not None]
+    texts = [row.label for row in every if isinstance(row.label, str)]
     between = next((sign for sign in '|,' if any(sign in text for text in texts)), None)
+    hot = _multi_hot(task, every)
 
     def names(row: Row) -> list[str]:
-        found = row.label.split(between) if isinstance(row.label, str) else map(str, row.label)
+        if hot:
+            return [label for label, there in zip(task.labels, row.label) if there]
+        found = row.label.split(between) if isinstance(row.label, str) else map(_named, row.label)
         return sorted({name.strip() for name in found} - {''})
 
-    labels = task.labels or tuple(sorted({name for row in named_by for name in names(row)}))
-    _check_count(task, labels)
+    labels = task.labels or sort_labels(name for row in named_by for name in names(row))
+    check_labels(labels, task.splits['train'][0].where)
 
     def problem(row: Row) -> str:
         unknown = [name for name in names(row) if name not in labels]
@@ -89,6 +158,30 @@ def with_label_sets(task: Task, named_by: Sequence[Row] = ()) -> Task:
 
     task = _checked(task, problem)
     return _labels_as(task, lambda row: tuple(names(row)), labels)
+
+
+def _as_list(row: Row) -> Any:
+    """The label, as a list where it is one that was written as text (by pandas, or by NumPy without commas)."""
+    text = row.label
+    if not isinstance(text, str) or not re.fullmatch(r'\s*\[.*\]\s*', text, re.DOTALL):
+        return text
+    try:
+        found = ast.literal_eval(re.sub(r"""(['"])\s+(['"])""", r'\1, \2', text.strip()))
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f'{row.where}: the label {text[:40]!r} looks like a list, but is none.') from error
+    return _label(row.where, found)
+
+
+def _multi_hot(task: Task, rows: Sequence[Row]) -> bool:
+    """Whether every label is a list of 0s and 1s of one length, one for each name of the config."""
+    lists = [row.label for row in rows if isinstance(row.label, list)]
+    sizes = {len(one) for one in lists}
+    hot = len(lists) == len(rows) and len(sizes) == 1 and max(sizes) > 1 and all(
+        type(value) in (int, bool) and value in (0, 1) for one in lists for value in one)
+    if hot and len(task.labels) != max(sizes):
+        raise UserError(f'{rows[0].where}: the labels are lists of {max(sizes)} 0s and 1s, one for each name; '
+                        f'--config.task.labels=(...) gives the {max(sizes)} names, or write the names themselves.')
+    return hot
 
 
 def _checked(task: Task, problem: Callable[[Row], str]) -> Task:
@@ -104,16 +197,17 @@ def _checked(task: Task, problem: Callable[[Row], str]) -> Task:
     return dataclasses.replace(task, splits=splits, notes=notes)
 
 
+def empty_texts(task: Task) -> Task:
+    """The task, with a note of how many of its texts are empty."""
+    counts = {split: sum(not row.text.strip() for row in rows) for split, rows in task.splits.items()}
+    said = ', '.join(f'{count:,} of {len(task.splits[split]):,} {split}' for split, count in counts.items() if count)
+    return dataclasses.replace(task, notes=(*task.notes, f'{said} texts are empty')) if said else task
+
+
 def _labels_as(task: Task, made: Callable[[Row], Any], labels: tuple[str, ...] = ()) -> Task:
     return dataclasses.replace(task, labels=labels, splits={
         split: [row if row.label is None else dataclasses.replace(row, label=made(row)) for row in rows]
         for split, rows in task.splits.items()})
-
-
-def _check_count(task: Task, labels: Sequence[str]) -> None:
-    if len(labels) < 2:
-        file = task.splits['train'][0].where.rpartition(':')[0]
-        raise UserError(f'{file}: {len(labels)} labels ({", ".join(labels)}); two or more are expected.')
 
 
 def with_numbers(task: Task) -> Task:
@@ -212,14 +306,17 @@ def labelled(rows: Sequence[Row]) -> bool:
 
 
 def files(task: Task, split: str, rows: Sequence[Row], predictions: list[dict[str, Any]]) -> dict[str, str]:
-    """One TSV: the row's number, what is predicted, the label given if any, each label's probability."""
+    """One TSV: a row's number and place, what is predicted, the label given if any, the text, each label's probability.
+    """
     out = io.StringIO()
     writer = csv.writer(out, delimiter='\t', lineterminator='\n')
-    writer.writerow(('index', 'prediction', 'label', *(f'p({label})' for label in task.labels)))
+    pairs = any(row.pair is not None for row in rows)
+    writer.writerow(('index', 'where', 'prediction', 'label', 'text', *(['text_pair'] if pairs else []),
+                     *(f'p({label})' for label in task.labels)))
     for number, (row, found) in enumerate(zip(rows, predictions)):
         said = next(found[name] for name in ('label', 'labels', 'value') if name in found)
-        writer.writerow((number, _written(said), _written(row.label),
-                         *(f'{p:.6f}' for p in found.get('scores', {}).values())))
+        writer.writerow((number, row.where, _written(said), _written(row.label), row.text,
+                         *([row.pair] if pairs else []), *(f'{p:.6f}' for p in found.get('scores', {}).values())))
     return {f'predictions_{split}.tsv': out.getvalue()}
 
 

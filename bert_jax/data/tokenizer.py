@@ -18,7 +18,9 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
+from bert_jax import cli, paths
 from bert_jax.cli import UserError
+from bert_jax.data.tokenizer_settings import BERT_CLASSES, JSON_CLASSES, check_specials, read_options, read_settings
 
 SPECIALS = {  # role -> the names it goes by
     'pad': ('[PAD]', '<pad>'), 'unk': ('[UNK]', '<unk>'), 'cls': ('[CLS]', '<cls>', '<s>'),
@@ -26,7 +28,9 @@ SPECIALS = {  # role -> the names it goes by
 FILES = ('tokenizer.json', 'vocab.txt')  # and *.model, before either
 BERT_WORDPIECE = {'unk_token': '[UNK]', 'continuing_subword_prefix': '##', 'max_input_chars_per_word': 100,
                   'clean_text': True}
-CACHE_WORDS = 1_000_000  # about 150 MB
+CACHE_BYTES = 200 << 20  # of words and their ids
+WORD_BYTES = 200         # what a cached word costs besides its characters
+LONGEST_WORD = 64        # characters; a longer chunk (a line without spaces, as Chinese has) will not come again
 ascii_words = re.compile('[A-Za-z0-9]+|.').findall  # how BERT cuts printable ASCII without spaces
 
 
@@ -100,7 +104,7 @@ class Tokenizer:
             rows = [b''.join(map(words.__getitem__, text.split(' '))) for text in texts]
             flat = np.frombuffer(b''.join(rows), self.id_type)
             lengths = np.fromiter(map(len, rows), np.int64, len(rows)) // flat.itemsize
-            if len(words) > CACHE_WORDS:
+            if words.bytes > CACHE_BYTES:
                 words.clear()
             return flat, lengths
         rows = self._backend.encode(list(texts))
@@ -173,36 +177,52 @@ def _with_accents(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[i
     for begin, end in reversed(offsets):
         limit = after if after >= end else limit  # pieces of one character share their span, and its limit
         after = begin
-        while begin < end < limit and unicodedata.combining(text[end]):
+        while begin < end < limit and unicodedata.category(text[end]) == 'Mn':  # what BERT strips
             end += 1
         widened.append((begin, end))
     return widened[::-1]
 
 
 class _WordCache(dict):
-    """word -> the bytes of its ids."""
+    """word -> the bytes of its ids; what it holds is counted in `bytes`."""
 
     def __init__(self, encode: Any) -> None:
         super().__init__()
-        self._encode = encode
+        self._encode, self.bytes = encode, 0
 
     def __missing__(self, word: str) -> bytes:
-        value = self[word] = self._encode(word)
+        value = self._encode(word)
+        if len(word) <= LONGEST_WORD:
+            self[word] = value
+            self.bytes += WORD_BYTES + 4 * len(word) + len(value)
         return value
+
+    def clear(self) -> None:
+        """Begins anew."""
+        super().clear()
+        self.bytes = 0
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """Loads a tokenizer from a file or folder.
+    """Loads a tokenizer from a file or folder; in a Hugging Face folder, as transformers' AutoTokenizer does.
 
     Raises:
-      UserError: nothing to load there, a special token is missing, an entry stands twice.
+      UserError: nothing to load there, a special token is missing, an entry stands twice, or transformers reads there
+        what is not read here: another class, added tokens, special tokens of other names.
     """
-    path = find(epath.Path(path))
-    if path.name.endswith('.model'):
-        return _load_sentencepiece(path)
-    if path.name.endswith('.json'):
-        return _load_json(path)
-    return _load_vocab(path)
+    file = find(epath.Path(path))
+    paths.refuse_pointer(file)
+    settings = read_settings(file.parent)
+    if file.name.endswith('.model'):
+        tokenizer = _load_sentencepiece(file, settings)
+    elif file.name.endswith('.json'):
+        tokenizer = _load_json(file, settings)
+    else:
+        tokenizer = _load_vocab(file, settings)
+    pieces = {role: tokenizer.pieces[getattr(tokenizer, f'{role}_id')] for role in SPECIALS}
+    bert = settings['tokenizer_class'] in BERT_CLASSES and tokenizer.kind == 'wordpiece'
+    check_specials(file, settings, pieces, {role: SPECIALS[role][0] for role in SPECIALS} if bert else pieces)
+    return tokenizer
 
 
 def find(path: epath.Path) -> epath.Path:
@@ -210,17 +230,19 @@ def find(path: epath.Path) -> epath.Path:
     if path.is_dir():
         for folder in (path, path / 'tokenizer'):
             models = sorted(folder.glob('*.model')) if folder.exists() else []
-            found = [*models, *(folder / name for name in FILES if (folder / name).exists())]
-            if found:
-                return found[0]
+            others = [folder / name for name in FILES if (folder / name).exists()]
+            if models and others and read_settings(folder)['tokenizer_class'] in BERT_CLASSES:
+                return others[0]
+            if models or others:
+                return (*models, *others)[0]
         raise UserError(f'{path}: no tokenizer there; expected {", ".join(FILES)} or a SentencePiece *.model.')
     if not path.exists():
         raise UserError(f'{path}: no such tokenizer file.')
     return path
 
 
-def _load_vocab(path: epath.Path) -> Tokenizer:
-    """A vocab.txt; `do_lower_case` is read beside it, else taken from the entries themselves."""
+def _load_vocab(path: epath.Path, settings: dict[str, Any]) -> Tokenizer:
+    """A vocab.txt."""
     try:
         pieces = path.read_text(encoding='utf-8').split('\n')
     except UnicodeDecodeError as error:
@@ -228,13 +250,7 @@ def _load_vocab(path: epath.Path) -> Tokenizer:
     pieces = [piece.rstrip('\r') for piece in pieces]
     while pieces and not pieces[-1]:
         pieces.pop()
-    options = {'do_lower_case': not any('A' <= c <= 'Z' for p in pieces if p[:1] != '[' for c in p),
-               'strip_accents': None, 'tokenize_chinese_chars': True}
-    beside = path.parent / 'tokenizer_config.json'
-    if beside.exists():
-        given = json.loads(beside.read_text())
-        options |= {key: given[key] for key in options if key in given}
-    return _wordpiece_tokenizer(pieces, options, str(path))
+    return _wordpiece_tokenizer(pieces, read_options(path, pieces, settings), str(path))
 
 
 def _wordpiece_tokenizer(pieces: list[str], options: dict[str, bool | None], source: str) -> Tokenizer:
@@ -257,14 +273,18 @@ def wordpiece(pieces: Sequence[str], do_lower_case: bool, strip_accents: bool | 
     return backend
 
 
-def _load_json(path: epath.Path) -> Tokenizer:
-    """A tokenizer.json of BERT WordPiece: its entries and options, as if they came from a vocab.txt."""
+def _load_json(path: epath.Path, settings: dict[str, Any]) -> Tokenizer:
+    """A tokenizer.json of BERT WordPiece: its entries and options, as if they came from a vocab.txt.
+
+    transformers' BertTokenizer reads its entries alone, the options from tokenizer_config.json.
+    """
     try:
         content = json.loads(path.read_text())
         model, normalizer = content['model'], content.get('normalizer') or {}
-        ids = tokenizers.Tokenizer.from_str(json.dumps(content)).get_vocab()
+        library = tokenizers.Tokenizer.from_str(json.dumps(content))
+        ids = library.get_vocab()
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f'{path}: not a tokenizer.json ({error}).') from error
+        raise UserError(f'{path}: not a tokenizer.json ({cli.first_line(error)}).') from error
     kinds = [model.get('type'), normalizer.get('type'), (content.get('pre_tokenizer') or {}).get('type')]
     if kinds != ['WordPiece', 'BertNormalizer', 'BertPreTokenizer']:
         raise UserError(f'{path}: only BERT WordPiece is read from a tokenizer.json, this one is {kinds}; '
@@ -275,27 +295,49 @@ def _load_json(path: epath.Path) -> Tokenizer:
     for key, value in BERT_WORDPIECE.items():
         if found[key] != value:
             raise UserError(f'{path}: {key} is {found[key]!r} there; BERT WordPiece has {value!r}.')
-    names = {name for role in SPECIALS.values() for name in role}
-    added = [token['content'] for token in content.get('added_tokens') or () if token['content'] not in names]
-    if added:
-        raise UserError(f'{path}: {", ".join(map(repr, added[:5]))} added to the vocabulary; such tokens are matched '
-                        'before WordPiece, which is not supported.')
+    settings['added'] += [token['content'] for token in content.get('added_tokens') or ()]
     pieces = sorted(ids, key=ids.__getitem__)
     if [ids[piece] for piece in pieces] != list(range(len(pieces))):
         raise UserError(f'{path}: ids are not 0..{len(pieces) - 1} without gaps.')
-    return _wordpiece_tokenizer(pieces, {
-        'do_lower_case': normalizer['lowercase'], 'strip_accents': normalizer['strip_accents'],
-        'tokenize_chinese_chars': normalizer['handle_chinese_chars']}, str(path))
+    options = {'do_lower_case': normalizer['lowercase'], 'strip_accents': normalizer['strip_accents'],
+               'tokenize_chinese_chars': normalizer['handle_chinese_chars']}
+    if settings['tokenizer_class'] in BERT_CLASSES:
+        for key, value in read_options(path, pieces, settings).items():
+            if value != options[key]:
+                cli.note(f'{path}: {key} is {options[key]} there; {value} is taken, which transformers reads from '
+                         'tokenizer_config.json or has as its default.')
+                options[key] = value
+    tokenizer = _wordpiece_tokenizer(pieces, options, str(path))
+    if settings['tokenizer_class'] in JSON_CLASSES and library.post_processor is not None:
+        _check_frame(path, library, tokenizer)
+    return tokenizer
 
 
-def _load_sentencepiece(path: epath.Path) -> Tokenizer:
+def _check_frame(path: epath.Path, library: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer.json that puts a pair together in another way than [CLS] A [SEP] B [SEP]."""
+    library.no_padding()
+    library.no_truncation()
+    found, a, b = library.encode('a', 'b'), tokenizer.encode('a'), tokenizer.encode('b')
+    if found.ids != [tokenizer.cls_id, *a, tokenizer.sep_id, *b, tokenizer.sep_id] or (
+            found.type_ids != [0] * (len(a) + 2) + [1] * (len(b) + 1)):
+        raise UserError(f'{path}: a pair of texts is {" ".join(found.tokens)} there, with segments '
+                        f'{found.type_ids}; BERT has [CLS] a [SEP] b [SEP] and 0, 1.')
+
+
+def _load_sentencepiece(path: epath.Path, settings: dict[str, Any]) -> Tokenizer:
     content = path.read_bytes()
     backend = sentencepiece.SentencePieceProcessor()
     try:
         backend.LoadFromSerializedProto(content)
     except RuntimeError as error:
-        raise UserError(f'{path}: not a SentencePiece model ({error}).') from error
+        raise UserError(f'{path}: not a SentencePiece model ({cli.first_line(error)}).') from error
     pieces = [backend.id_to_piece(i) for i in range(len(backend))]
+    beside = path.parent / 'tokenizer.json'
+    if settings['tokenizer_class'] in JSON_CLASSES and beside.exists():
+        theirs = paths.read_json(beside)
+        theirs = (theirs.get('model') or {}).get('vocab') if isinstance(theirs, dict) else None
+        if not isinstance(theirs, list) or [entry[0] for entry in theirs if entry] != pieces:
+            raise UserError(f'{beside}: its entries, which transformers reads, are not those of {path.name}.')
     return Tokenizer('sentencepiece', pieces, backend, {'tokenizer.model': content}, str(path))
 
 

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from bert_jax import partition
-from bert_jax.model.layers import Dropout, LayerNorm, each_part, kernel_init
+from bert_jax.model import kernels
+from bert_jax.model.layers import Dropout, LayerNorm, kernel_init
 
 VOCAB_MULTIPLE = 128  # what hardware likes; the extra rows never leave the program
 
@@ -13,24 +14,6 @@ VOCAB_MULTIPLE = 128  # what hardware likes; the extra rows never leave the prog
 def padded_vocab_size(vocab_size: int) -> int:
     """V rounded up to a multiple of 128."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-@jax.custom_vjp
-def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of a table [parts, V, D] at ids [B, L] -> [B, L, D]; the gradient is summed in float32."""
-    found = each_part(lambda table, ids: jnp.take(table, ids, axis=0), table, ids.reshape(len(table), -1))
-    return found.reshape(*ids.shape, -1)
-
-
-def _lookup_backward(saved: tuple, grad: jax.Array) -> tuple[jax.Array, None]:
-    table, ids = saved
-    parts, size, width = table.shape
-    added = each_part(lambda ids, grad: jnp.zeros((size, width), jnp.float32).at[ids].add(grad), ids.reshape(parts, -1),
-                      grad.astype(jnp.float32).reshape(parts, -1, width))
-    return added.astype(table.dtype), None
-
-
-lookup.defvjp(lambda table, ids: (lookup(table, ids), (table, ids)), _lookup_backward)
 
 
 class BertEmbeddings(nn.Module):
@@ -65,7 +48,7 @@ class BertEmbeddings(nn.Module):
 
     def __call__(self, batch: dict[str, jax.Array], *, train: bool) -> jax.Array:
         """input_ids, segment_ids, position_ids [B, L] -> [B, L, D]."""
-        x = lookup(self.table, batch['input_ids']).astype(jnp.float32)
+        x = kernels.lookup(self.table, batch['input_ids']).astype(jnp.float32)
         x += jnp.take(self.position, batch['position_ids'], axis=0)
         segments = jax.nn.one_hot(batch['segment_ids'].reshape(-1), self.num_segments, dtype=x.dtype)
         x += (segments @ self.segment).reshape(x.shape)

@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bert_jax.metrics import Mean
+from bert_jax.metrics import Mean, cross_entropy
 from bert_jax.model.encoders import Encoded
-from bert_jax.model.layers import Dense, Dropout, cross_entropy
+from bert_jax.model.layers import Dense, Dropout, Lstm
 
 Batch = dict[str, jax.Array]
 
@@ -190,73 +190,6 @@ class MultipleChoice(nn.Module):
         return jnp.sum((batch['label_ids'] * batch['is_real_example']).astype(jnp.float32))
 
 
-def _lstm_cell(gates: jax.Array, hidden: jax.Array, cell: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(hidden, cell) after a token from those before it; both stay where the token is padding (real [B, 1])."""
-    write, keep, new, read = jnp.split(gates, 4, -1)
-    after = jnp.where(real, jax.nn.sigmoid(keep) * cell + jax.nn.sigmoid(write) * jnp.tanh(new), cell)
-    return jnp.where(real, jax.nn.sigmoid(read) * jnp.tanh(after), hidden), after
-
-
-@jax.custom_vjp
-def _lstm(inputs: jax.Array, recurrent: jax.Array, real: jax.Array) -> jax.Array:
-    """inputs [L, B, 4 H], recurrent [H, 4 H], real bool [L, B, 1] -> hidden [L, B, H].
-
-    With a gradient of its own: that of `recurrent` is one product over all tokens instead of a sum that is read and
-    written at each of them.
-    """
-    return _lstm_forward(inputs, recurrent, real)[0]
-
-
-def _lstm_forward(inputs: jax.Array, recurrent: jax.Array, real: jax.Array) -> tuple[jax.Array, tuple]:
-    def step(before: tuple, now: tuple) -> tuple:
-        from_input, is_real = now
-        gates = from_input + before[0] @ recurrent
-        after = _lstm_cell(gates, *before, is_real)
-        return after, (after[0], gates, *before)
-
-    start = jnp.zeros((inputs.shape[1], recurrent.shape[0]), inputs.dtype)
-    _, (hidden, *kept) = jax.lax.scan(step, (start, start), (inputs, real))
-    return hidden, (recurrent, real, *kept)
-
-
-def _lstm_backward(kept: tuple, d_hidden: jax.Array) -> tuple:
-    recurrent, real, gates, hidden, cell = kept
-    back = jax.lax.optimization_barrier(recurrent.T)  # as an array of its own: 6 times as fast a product on CPU
-
-    def step(d_after: tuple, now: tuple) -> tuple:
-        d_out, is_real, *before = now
-        _, pull = jax.vjp(lambda *x: _lstm_cell(*x, is_real), *before)
-        d_gates, d_hidden, d_cell = pull((d_after[0] + d_out, d_after[1]))
-        return (d_hidden + d_gates @ back, d_cell), d_gates
-
-    end = jnp.zeros_like(hidden[0])
-    _, d_gates = jax.lax.scan(step, (end, end), (d_hidden, real, gates, hidden, cell), reverse=True)
-    return d_gates, jnp.einsum('lbh,lbg->hg', hidden, d_gates), None
-
-
-_lstm.defvjp(_lstm_forward, _lstm_backward)
-
-
-class Lstm(nn.Module):
-    """One direction of an LSTM (Hochreiter and Schmidhuber 1997), gates in PyTorch's order, padding at the end.
-
-    All tokens' inputs are multiplied at once, not token by token as in flax's nn.RNN.
-    """
-
-    hidden_size: int
-    reverse: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, real: jax.Array) -> jax.Array:
-        """x [B, L, D], real bool [B, L] -> [B, L, hidden_size]."""
-        inputs = nn.Dense(4 * self.hidden_size, dtype=self.dtype, name='inputs')(x)
-        recurrent = self.param('recurrent', nn.initializers.orthogonal(), (self.hidden_size, 4 * self.hidden_size))
-        order = slice(None, None, -1 if self.reverse else 1)
-        hidden = _lstm(inputs.swapaxes(0, 1)[order], recurrent.astype(self.dtype), real.T[order, :, None])
-        return hidden[order].swapaxes(0, 1)
-
-
 class BiLstmTagging(nn.Module):
     """One label a token from frozen activations, by a two-layer BiLSTM (Devlin et al. 2019, 5.3 and table 7).
 
@@ -286,7 +219,7 @@ class BiLstmTagging(nn.Module):
             x = Dropout(self.dropout_rate)(x, train=train)
             sides = [Lstm(self.hidden_size, reverse, self.dtype, name=f'{side}_{layer}')
                      for side, reverse in (('forward', False), ('backward', True))]
-            x = jnp.concatenate([side(x, batch['input_mask'] > 0) for side in sides], -1)
+            x = jnp.concatenate([side(x, batch['input_mask']) for side in sides], -1)
         return {'logits': _logits(self, x, self.num_classes, train)}
 
     def _features(self, hidden: jax.Array) -> jax.Array:

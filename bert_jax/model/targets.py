@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from bert_jax import partition
-from bert_jax.metrics import Mean
+from bert_jax.metrics import Mean, cross_entropy
+from bert_jax.model import kernels
 from bert_jax.model.encoders import Encoded
 from bert_jax.model.heads import HEADS
-from bert_jax.model.layers import ACTIVATIONS, Dense, LayerNorm, cross_entropy, each_part, gather
+from bert_jax.model.layers import ACTIVATIONS, Dense, LayerNorm, gather
 
 Batch = dict[str, jax.Array]
 
@@ -50,7 +51,7 @@ class MaskedLM(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (size,))
         bias = jnp.where(jnp.arange(size) < self.vocab_size, bias, -1e9)
         product = functools.partial(jnp.einsum, 'nD,VD->nV', preferred_element_type=jnp.float32)
-        logits = each_part(product, x.reshape(parts, -1, width), table)    # [parts, B * P / parts, V padded]
+        logits = kernels.each_part(product, x.reshape(parts, -1, width), table)    # [parts, B * P / parts, V padded]
         logits = (logits + bias).reshape(*x.shape[:2], -1)
         return {'logits': partition.constrain(logits, 'batch', 'predictions', 'vocab')}
 
