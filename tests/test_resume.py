@@ -111,9 +111,9 @@ def test_dropout_is_on_in_the_run_that_all_others_must_equal(store_path, pretrai
     config, data = workdir.read_config(str(pretrained)), store.load(store_path)
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
     *_, phase = pretrain.make_phases(config.phases)
-    stream = pretrain.make_examples(config, data.train, data, config.seed, phase.max_length)
+    stream = examples.mixed([data.train], data.tokenizer, config.seed, phase.max_length, **config.examples)
     mesh = partition.make_mesh(())
-    state = train.make_init(model, tx, examples.empty(1, 64, config.mask_rate, 0), mesh)(0)
+    state = train.make_init(model, tx, examples.empty(1, 64, **config.examples), mesh)(0)
     step = train.make_train_step(model, tx, mesh, 1, state)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     saved, losses = checkpoint.Checkpoints(pretrained / 'checkpoints'), {}
