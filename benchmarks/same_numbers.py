@@ -3,9 +3,9 @@
     python benchmarks/same_numbers.py --before HEAD        # what is not committed yet
     python benchmarks/same_numbers.py --before main        # a branch
 
-Each side runs its own tests/pin.py (this checkout's where the other has none), which trains and evaluates small models from
-parameters that NumPy draws, in a temporary worktree of the commit. Prints the largest relative difference of each run. Exit code 1
-when one is above --tolerance: rounding in another order stays below it in five steps.
+Each side runs its own tests/pin.py (this checkout's where the other has none), which trains and evaluates small models
+from parameters that NumPy draws; the commit's in a temporary worktree. Prints the largest relative difference of each
+run. Exit code 1 when one is above --tolerance.
 """
 
 import argparse

@@ -115,7 +115,8 @@ def dropout_rows():
         seen = []
         with mock.patch.object(jax, 'grad', forward_only), nn.intercept_methods(record):
             state = train.TrainState(jnp.int32(0), params, tx.init(params))
-            step = jax.jit(functools.partial(train.train_step, model=model, tx=tx, mesh=mesh, accumulation=accumulation))
+            step = jax.jit(functools.partial(
+                train.train_step, model=model, tx=tx, mesh=mesh, accumulation=accumulation))
             for _ in range(2):
                 batch = batches.place(one, partition.batch_sharding(mesh))
                 state, _ = step(state, batch, train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0))

@@ -1,4 +1,4 @@
-"""Five steps of pre-training and of fine-tuning, and one evaluation, from nothing but numbers that NumPy draws; prints JSON.
+"""Five steps of pre-training and of fine-tuning and one evaluation, from what NumPy draws alone; prints JSON.
 
     python tests/pin.py                     # what this checkout computes
     python tests/pin.py --write             # and keeps it in tests/pin.json, which test_pin.py compares with
@@ -7,8 +7,8 @@ benchmarks/same_numbers.py runs it in two checkouts. So a change that renames or
 file in the same commit, and neither sizes nor draws: then the numbers stay.
 
 Parameters are not flax's: each is drawn from its name alone. Dropout's keys are flax's: they come from the path of the
-module that drops, so another name of a scope is another draw. Such a change is proved by test_train.py (which compares a
-step with the masks that it drew) and by running both checkouts with RATE = 0; then the pin is written anew.
+module that drops, so another name of a scope is another draw. Then test_train.py proves that a step is right with the
+masks that it drew, running both checkouts with RATE = 0 proves the rest, and the pin is written anew.
 """
 
 import argparse
@@ -34,15 +34,16 @@ from bert_jax.model import model as models
 ROOT = pathlib.Path(__file__).parent.parent
 RATE, STEPS, B, L, V = 0.1, 5, 8, 32, 97
 WEIGHTS = {'mlm': 1.0, 'nsp': 0.5}
-TOKENIZER = types.SimpleNamespace(pad_id=0, cls_id=1, sep_id=2, mask_id=3, vocab_size=V, word_starts=np.arange(V) % 3 > 0,
-                                  regular_ids=np.arange(5, V))
+TOKENIZER = types.SimpleNamespace(pad_id=0, cls_id=1, sep_id=2, mask_id=3, vocab_size=V,
+                                  word_starts=np.arange(V) % 3 > 0, regular_ids=np.arange(5, V))
 
 
 def config():
     """BERT of two layers."""
     return cli.load_config(str(ROOT / 'configs/pretrain.py:tiny'), [f'--config.{one}' for one in (
-        'model.embeddings.hidden_size=32', 'model.encoder.num_heads=4', 'model.encoder.mlp_size=48', f'model.embeddings.max_length={L}',
-        f'model.embeddings.vocab_size={V}', 'model.encoder.unroll=1', f'model.embeddings.dropout_rate={RATE}',
+        'model.embeddings.hidden_size=32', 'model.encoder.num_heads=4', 'model.encoder.mlp_size=48',
+        f'model.embeddings.max_length={L}', f'model.embeddings.vocab_size={V}', 'model.encoder.unroll=1',
+        f'model.embeddings.dropout_rate={RATE}',
         f'model.encoder.dropout_rate={2 * RATE}', f'model.encoder.attention_dropout_rate={RATE}')])
 
 
@@ -51,7 +52,8 @@ def stream(packed):
     rng = np.random.default_rng(0)
     sentences = rng.integers(2, 12, 40)
     lengths = rng.integers(1, 14, sentences.sum())
-    split = store.Split(rng.integers(5, V, lengths.sum()).astype(np.uint16), lengths.astype(np.uint16), sentences.astype(np.uint32))
+    split = store.Split(rng.integers(5, V, lengths.sum()).astype(np.uint16), lengths.astype(np.uint16),
+                        sentences.astype(np.uint32))
     return examples.Examples(split, TOKENIZER, 3, L, 'next_sentence', 'token', 0.15, (0.8, 0.1), 0.3, packed)
 
 
@@ -74,10 +76,16 @@ def parameters(model, example):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def one_device():
+    """The mesh of it."""
+    return partition.make_mesh((1, 1, 1), devices=jax.devices()[:1])
+
+
 def five_steps(model, batches, weights):
     """[loss, norm of the gradient] of each step of AdamW, dropout on."""
-    tx = optimizer.make_optimizer('adamw', b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, clip_norm=1.0, bias_correction=False)
-    params, mesh = parameters(model, batches[0]), partition.make_mesh((1, 1, 1), devices=jax.devices()[:1])
+    tx = optimizer.make_optimizer('adamw', b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, clip_norm=1.0,
+                                  bias_correction=False)
+    params, mesh = parameters(model, batches[0]), one_device()
     state = train.TrainState(jnp.int32(0), params, tx.init(params))
     step = train.make_train_step(model, tx, mesh, 1, state)
     found = []
@@ -111,14 +119,14 @@ def fine_tuning():
 
 def evaluation():
     """Means over 21 held-out examples in batches of 8, and what a classifier says of 61 texts."""
-    model, source, mesh = models.build(config().model), stream(0), partition.make_mesh((1, 1, 1), devices=jax.devices()[:1])
+    model, source, mesh = models.build(config().model), stream(0), one_device()
     batches = [source.evaluation_batch(number, B, 21) for number in range(3)]
     found = evaluate.evaluate(evaluate.make_loss_step(model, mesh), parameters(model, batches[0]), batches, mesh)
     model, data = classifier(), labelled()
     params, step = parameters(model, data.make(np.arange(1), 1)), evaluate.make_eval_step(model, mesh)
     outputs, loss = evaluate.predict(lambda batch: step(params, batch), data, B, 'classification')
-    return [*(found[name] for name in ('mlm/loss', 'mlm/accuracy', 'nsp/loss', 'nsp/accuracy')), loss,
-            *np.asarray(outputs['logits'], np.float64).std(0).tolist()]
+    return [[found[name] for name in ('mlm/loss', 'mlm/accuracy', 'nsp/loss', 'nsp/accuracy')],
+            [loss, *np.asarray(outputs['logits'], np.float64).std(0).tolist()]]
 
 
 RUNS = {'pretraining': lambda: pretraining(0), 'pretraining_packed': lambda: pretraining(2), 'fine_tuning': fine_tuning,

@@ -42,7 +42,8 @@ def encode(params, batch, masks=None, activation='gelu_new'):
 
     batch = {name: torch.tensor(np.asarray(value)).long() for name, value in batch.items()}
     tables, layers = params['embeddings'], params['encoder']['layers']
-    x = tables['token'][batch['input_ids']] + tables['position'][batch['position_ids']] + tables['segment'][batch['segment_ids']]
+    x = sum(tables[name][batch[ids]] for name, ids in (
+        ('token', 'input_ids'), ('position', 'position_ids'), ('segment', 'segment_ids')))
     x = drop('embeddings', norm(x, tables['norm']))
     example = batch['input_mask']
     apart = (example[:, :, None] != example[:, None, :]) | (example == 0)[:, None, :]  # [B, L, L]
@@ -54,8 +55,8 @@ def encode(params, batch, masks=None, activation='gelu_new'):
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         scores = scores.masked_fill(apart[:, None], -1e9)
         mixed = drop('probabilities', scores.softmax(-1), i) @ value
-        out = torch.einsum('BHLK,HKD->BLD', mixed, layer['attention']['out']['kernel']) + layer['attention']['out']['bias']
-        x = norm(x + drop('attention', out, i), layer['attention_norm'])
+        out = torch.einsum('BHLK,HKD->BLD', mixed, layer['attention']['out']['kernel'])
+        x = norm(x + drop('attention', out + layer['attention']['out']['bias'], i), layer['attention_norm'])
         out = dense(ACTIVATIONS[activation](dense(x, layer['mlp']['up'])), layer['mlp']['down'])
         x = norm(x + drop('mlp', out, i), layer['mlp_norm'])
         hidden.append(x)
@@ -70,7 +71,7 @@ def pool(params, hidden, batch):
 
 
 def pretraining(params, batch, masks=None, activation='gelu_new', vocab_size=None):
-    """{'mlm': ..., 'nsp': ...}: sums of the cross-entropies and of what is right, and counts, over what has a weight."""
+    """{'mlm': ..., 'nsp': ...}, as from `summed`, over the masked places and the pairs."""
     hidden = encode(params, batch, masks, activation)[0][-1]
     head = params['targets_mlm']
     places = torch.tensor(np.asarray(batch['masked_lm_positions'])).long()

@@ -102,6 +102,22 @@ def test_the_number_of_predictions(length, most):
     assert masking.max_predictions(length, 0.15) == most
 
 
+@pytest.mark.parametrize('length, rate, counts', [
+    (128, 0.15, {3: 1, 5: 1, 9: 1, 11: 2, 23: 3, 24: 4, 127: 19, 128: 19}), (512, 0.15, {512: 77}),
+    (20, 0.4, {3: 1, 9: 4, 20: 8}), (40, 0.01, {3: 1, 40: 1})])
+def test_how_many_places_are_predicted(length, rate, counts):
+    """The nearest whole number to the share of an example's tokens, 1 at least, written down."""
+    assert masking.num_predictions(np.array(list(counts)), length, rate).tolist() == list(counts.values())
+
+
+def test_plans_of_old_epochs_are_forgotten(store):
+    """The first, the one before and the present one are kept, whatever the number of epochs."""
+    source = make(store, pack_lengths=1)
+    for epoch in range(6):
+        source.make(epoch, np.arange(4))
+    assert sorted(source._cache) == [(what, epoch) for what in ('plan', 'rows') for epoch in (0, 4, 5)]
+
+
 def test_a_batch_is_a_pure_function_of_the_step(store):
     a, b = make(store), make(store)
     b.batch(900, 8)                                           # history does not matter
@@ -233,7 +249,7 @@ def test_held_out_batches_are_exact_and_fixed(store):
 
 
 def test_draws_are_the_published_mixers():
-    """SplitMix64's published outputs for the seed 1234567; both mixers in Python's own integers; no draw may ever change."""
+    """SplitMix64's published outputs for seed 1234567; both mixers in Python's integers; no draw may ever change."""
     state, first = 1234567, []
     for _ in range(3):
         first.append(int(draws.bits64(state)[0]))
@@ -264,7 +280,8 @@ def test_draws_are_the_published_mixers():
     keys, columns = rng.integers(0, 2**64, (3, 20), np.uint64), np.arange(0, 60, 3)
     assert draws.bits64(*keys).tolist() == [bits64(*map(int, one)) for one in keys.T]
     for stream in (0, 2):
-        assert draws.bits32(keys[0], columns, stream).tolist() == [bits32(int(a), int(b), stream) for a, b in zip(keys[0], columns)]
+        expected = [bits32(int(key), int(column), stream) for key, column in zip(keys[0], columns)]
+        assert draws.bits32(keys[0], columns, stream).tolist() == expected
     assert draws.permutation(9, 4, 2).tolist() == sorted(range(9), key=lambda i: bits64(4, 2, i))
     assert draws.below(keys[0], 1000).tolist() == [int(key) // 2**32 * 1000 // 2**32 for key in keys[0]]
     ends = np.array([0, 2**64 - 1], np.uint64)
@@ -288,7 +305,8 @@ def test_examples_against_a_plain_loop(store):
             assert batch['input_mask'][i].tolist() == [1] * n + rest
             assert batch['segment_ids'][i].tolist() == [0] * len(first) + [1] * len(second) + rest
             assert batch['position_ids'][i].tolist() == list(range(48))
-            assert candidates[i].tolist() == [False, *[True] * len(a), False, *([True] * len(b) + [False] if b else []), *map(bool, rest)]
+            may_be = [False, *[True] * len(a), False, *[True] * len(b), *[False] * bool(b)]
+            assert candidates[i].tolist() == may_be + [False] * len(rest)
             assert batch['cls_positions'][i] == 0 and batch['next_sentence_labels'][i] == row['label']
             assert batch['next_sentence_weights'][i] == bool(b)
         assert {name: array.dtype.name for name, array in batch.items()} == {
@@ -296,7 +314,7 @@ def test_examples_against_a_plain_loop(store):
 
 
 def test_masks_depend_on_seed_epoch_length_and_row(store):
-    """Examples of equal tokens: any two rows, epochs, seeds or lengths choose their places, and what stands there, apart."""
+    """Of equal tokens: two rows, epochs, seeds or lengths choose their places, and what stands there, apart."""
     tokens = np.full(24_000, store.tokenizer.regular_ids[0], np.uint16)
     split = Split(tokens, np.full(400, 60, np.uint16), np.full(2, 200, np.uint32))
 

@@ -132,11 +132,12 @@ WHOLE = {
 
 
 def state_of_every_target():
-    """Shapes of a state whose parameters are those of all targets; more layers than anything else, so that none is split."""
+    """Shapes of a state with all targets' parameters; layers are the largest axis, so that a split of them shows."""
     config = models.config('model.encoder.num_layers=192', 'model.encoder.unroll=1')
     config.encoder.layer_outputs = ('hidden',)
-    heads = {'classification': {'num_classes': 3}, 'multilabel': {'num_classes': 3}, 'regression': {}, 'tagging': {'num_classes': 3},
-             'bilstm_tagging': {'num_classes': 3, 'features': 'sum_last4', 'hidden_size': 12}, 'multiple_choice': {'num_choices': 2}}
+    heads = {'classification': {'num_classes': 3}, 'multilabel': {'num_classes': 3}, 'regression': {},
+             'tagging': {'num_classes': 3}, 'multiple_choice': {'num_choices': 2},
+             'bilstm_tagging': {'num_classes': 3, 'features': 'sum_last4', 'hidden_size': 12}}
     with config.unlocked():
         for name, kwargs in heads.items():
             config.targets[name] = {**kwargs, 'dropout_rate': 0.1, 'weight': 1.0}
@@ -146,7 +147,7 @@ def state_of_every_target():
 
 
 def test_how_every_parameter_lies_on_a_mesh():
-    """By the written-down table; the optimizer's moments lie as their parameters do, and gradients as they are computed."""
+    """By the written-down table; the optimizer's moments lie as their parameters do."""
     state = state_of_every_target()
     rows = {'/'.join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
     assert rows.keys() == SPECS.keys() | WHOLE
@@ -167,7 +168,11 @@ def test_how_every_parameter_lies_on_a_mesh():
             name: (batch, *spec) for name, spec in whole.items()}
         assert tuple(partition.batch_sharding(mesh).spec) == (batch,) and tuple(partition.replicated(mesh).spec) == ()
         assert tuple(partition.micro_batch_sharding(mesh).spec) == (None, batch)
-        assert partition.data_devices(mesh) == (4, 8)[column]
+
+
+def test_the_batch_is_cut_by_slice_data_and_fsdp():
+    mesh = jax.sharding.AbstractMesh((2, 3, 5, 7), partition.AXES)
+    assert partition.data_devices(mesh) == 2 * 3 * 5
 
 
 def test_what_tensor_does_not_divide_is_named():

@@ -104,7 +104,8 @@ def test_dots_keeps_what_dense_layers_give():
 @pytest.mark.parametrize('name', ENCODERS)
 def test_the_contract_of_encoders(name):
     """Shapes; and what they hold, against a plain transcription of each layer."""
-    model, example = build("model.encoder.layer_outputs=('hidden', 'query', 'key', 'value')", f'model.encoder.name={name}'), packed_batch()
+    model = build("model.encoder.layer_outputs=('hidden', 'query', 'key', 'value')", f'model.encoder.name={name}')
+    example = packed_batch()
     params = random_params(model, example)
     encoded = model.apply({'params': params}, example, train=False, method='encode')
     assert isinstance(encoded, Encoded) and encoded.hidden.shape == (8, L, D)
@@ -118,8 +119,8 @@ def test_the_contract_of_encoders(name):
     for i, part in enumerate(('query', 'key', 'value')):
         assert encoded.layers[part].shape == (2, 8, 4, L, D // 4)
         for layer in range(2):
-            ours, theirs = (x.swapaxes(1, 2)[real] for x in (encoded.layers[part][layer], heads[layer][i].detach().numpy()))
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+            both = encoded.layers[part][layer], heads[layer][i].detach().numpy()
+            np.testing.assert_allclose(*(x.swapaxes(1, 2)[real] for x in both), atol=1e-5)
     np.testing.assert_allclose(encoded.pooled, plain.pool(tree, hidden[-1], example).detach(), atol=1e-5)
 
 
@@ -189,20 +190,23 @@ def test_losses_of_tags_spans_and_choices_against_pytorch():
 
 
 def test_what_metrics_of_heads_count():
-    """A row that is no example counts nowhere; a span is right where both of its ends are; a choice where it is the best."""
+    """A row that is no example counts nowhere; a span is right where both of its ends are."""
     real = np.array([1, 1, 1, 0], np.int32)
     span = TARGETS['span']().losses(
         {'start_logits': jnp.eye(4, 6) * 9, 'end_logits': jnp.eye(4, 6, 1) * 9},
-        {'start_positions': jnp.array([0, 1, 0, 3]), 'end_positions': jnp.array([1, 5, 3, 4]), 'is_real_example': real})['exact']
+        {'start_positions': jnp.array([0, 1, 0, 3]), 'end_positions': jnp.array([1, 5, 3, 4]),
+         'is_real_example': real})['exact']
     assert (float(span.total), float(span.count)) == (1, 3)
     classes = TARGETS['classification'](3, 0.0).losses(
         {'logits': jnp.eye(4, 3)}, {'label_ids': jnp.array([0, 2, 2, 0]), 'is_real_example': real})
     assert (float(classes['accuracy'].total), float(classes['accuracy'].count)) == (2, 3)
     labels = np.array([[1, 0], [0, 1], [1, 1], [0, 0]], np.float32)
-    for name, target, logits in (('multilabel', TARGETS['multilabel'](2, 0.0), np.zeros((4, 2))), ('regression', TARGETS['regression'](0.0), [3, 3, 3, 9])):
-        given = {'label_ids': labels if name == 'multilabel' else labels[:, 0], 'is_real_example': real}
+    for target, logits, given, total in (
+            (TARGETS['multilabel'](2, 0.0), np.ones((4, 2)), labels, 6 * np.log(1 + np.e) / 2 - 2),
+            (TARGETS['regression'](0.0), np.array([3, 3, 3, 9]), labels[:, 0], 4 + 9 + 4)):
+        given = {'label_ids': given, 'is_real_example': real}
         loss = target.losses({'logits': jnp.asarray(logits, jnp.float32)}, given)['loss']
-        assert float(loss.total) == pytest.approx({'multilabel': 3 * np.log(2), 'regression': 4 + 9 + 4}[name]) and float(loss.count) == 3
+        assert float(loss.total) == pytest.approx(total) and float(loss.count) == 3
     choices = TARGETS['multiple_choice'](2, 0.0).losses({'logits': jnp.array([[1.0, 2.0], [2.0, 1.0]])}, {
         'label_ids': np.array([0, 1, 0, 1]), 'is_real_example': np.ones(4, np.int32)})['accuracy']
     assert (float(choices.total), float(choices.count)) == (1, 2)
@@ -212,12 +216,13 @@ def test_heads_hide_what_is_no_place_and_no_choice():
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, D)), jnp.float32)
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)
     dense = {'params': {'dense': {'kernel': jnp.eye(D)[:, :2], 'bias': jnp.ones(2)}}}
-    found = TARGETS['span']().apply(dense, Encoded(hidden, {}), {'input_mask': mask}, None, train=False, method='outputs')
+    call = {'train': False, 'method': 'outputs'}
+    found = TARGETS['span']().apply(dense, Encoded(hidden, {}), {'input_mask': mask}, None, **call)
     for i, side in enumerate(('start', 'end')):
         np.testing.assert_allclose(found[f'{side}_logits'], np.where(mask > 0, hidden[..., i] + 1, -1e9), rtol=1e-6)
     one = {'params': {'dense': {'kernel': jnp.eye(D)[:, :1], 'bias': jnp.ones(1)}}}
-    found = TARGETS['multiple_choice'](5, 0.0).apply(one, Encoded(None, {}, hidden), {'is_real_example': mask.ravel()}, None, train=False,
-                                                     method='outputs')['logits']
+    given = Encoded(None, {}, hidden), {'is_real_example': mask.ravel()}, None
+    found = TARGETS['multiple_choice'](5, 0.0).apply(one, *given, **call)['logits']
     np.testing.assert_allclose(found, np.where(mask > 0, hidden[..., 0] + 1, -1e9), rtol=1e-6)
 
 
@@ -250,11 +255,13 @@ def test_the_gradient_of_dropout(rate):
 
 
 def test_where_each_dropout_stands():
-    """After the embeddings' norm, on the probabilities, and on what is added before each norm: with the masks that were drawn."""
-    model, example = build('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1', "model.encoder.layer_outputs=('hidden',)"), batch()
+    """After the embeddings' norm, on the probabilities, on what is added before each norm: with the masks drawn."""
+    model = build('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1',
+                  "model.encoder.layer_outputs=('hidden',)")
+    example, rngs = batch(), {'dropout': jax.random.key(1)}
     params, real = random_params(model, example), example['input_mask'] > 0
     with watch.dropout() as sites:
-        encoded = model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(1)}, method='encode')
+        encoded = model.apply({'params': params}, example, train=True, rngs=rngs, method='encode')
     hidden, _ = plain.encode(plain.tensors(params), example, watch.factors(sites))
     for layer in range(3):
         np.testing.assert_allclose(encoded.layers['hidden'][layer][real], hidden[layer].detach()[real], atol=2e-5)
@@ -294,12 +301,13 @@ def test_every_choice_by_platform_is_forced_both_ways_here():
     """A new one needs a test that runs both of its branches on CPU, as those below and test_optimizer do."""
     found = {path.name: path.read_text().count('platform_dependent(') for path in (ROOT / 'bert_jax').rglob('*.py')}
     assert {name: count for name, count in found.items() if count} == {'kernels.py': 2, 'optimizer.py': 1}
-    assert (ROOT / 'bert_jax/model/kernels.py').read_text().count('by_platform(') == 1 + 2  # its definition, the heads' split and their join
+    text = (ROOT / 'bert_jax/model/kernels.py').read_text()
+    assert text.count('by_platform(') == 1 + 2  # its definition, the heads' split and their join
 
 
 @pytest.mark.parametrize('branch', ['cpu', 'other'])
 def test_the_projections_of_attention_on_every_platform(branch, monkeypatch):
-    """Forward and backward against float64, whichever branch `platform_dependent` takes; B, L, D, H, K = 2, 13, 32, 4, 8."""
+    """Forward and backward against float64, whichever branch is taken; B, L, D, H, K = 2, 13, 32, 4, 8."""
     rng = np.random.default_rng(0)
     x, mixed = rng.normal(size=(2, L, D)), rng.normal(size=(2, 4, L, 8))
     kernels = {'qkv': rng.normal(size=(D, 4, 3, 8)), 'out': rng.normal(size=(4, 8, D))}
@@ -315,12 +323,14 @@ def test_the_projections_of_attention_on_every_platform(branch, monkeypatch):
         exact = {name: jax.vjp(plainly, jnp.asarray(given), jnp.asarray(kernels[name]), jnp.asarray(biases[name]))
                  for name, plainly, given in (('qkv', split, x), ('out', join, mixed))}
         grads = {name: jax.tree.map(lambda y: rng.normal(size=y.shape), out) for name, (out, _) in exact.items()}
-        exact = {name: jax.tree.map(np.asarray, (out, back(jax.tree.map(jnp.asarray, grads[name])))) for name, (out, back) in exact.items()}
+        exact = {name: jax.tree.map(np.asarray, (out, back(jax.tree.map(jnp.asarray, grads[name]))))
+                 for name, (out, back) in exact.items()}
     taken = []
     with watch.forced(monkeypatch, branch, taken):
-        for name, module, given in (('qkv', layers.QueryKeyValue((4, 8), jnp.float32), x), ('out', layers.Output(jnp.float32), mixed)):
-            out, back = jax.vjp(lambda x, kernel, bias: module.apply({'params': {'kernel': kernel, 'bias': bias}}, x),  # noqa: B023
-                                *(jnp.asarray(one, jnp.float32) for one in (given, kernels[name], biases[name])))
+        for name, module, given in (('qkv', layers.QueryKeyValue((4, 8), jnp.float32), x),
+                                    ('out', layers.Output(jnp.float32), mixed)):
+            apply = lambda x, *w: module.apply({'params': dict(zip(('kernel', 'bias'), w))}, x)  # noqa: B023, E731
+            out, back = jax.vjp(apply, *(jnp.asarray(one, jnp.float32) for one in (given, kernels[name], biases[name])))
             found = out, back(jax.tree.map(jnp.float32, grads[name]))
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, exact[name])
     assert len(taken) == 4  # forward and backward of both
@@ -429,7 +439,8 @@ def test_bf16_computes_in_bf16_over_fp32_weights():
     text = jax.jit(lambda p: model.apply({'params': p}, example, train=False)).lower(params).as_text()
     products = re.findall(r'stablehlo.dot_general .*: \((.*)\) ->', text)
     inputs = [set(re.findall(r'x(b?f\d+)>', one)) for one in products]
-    assert len(products) >= 10 and [one for one in inputs if one != {'bf16'}] == [{'f32'}]  # of segments with their table
+    assert len(products) >= 10
+    assert [one for one in inputs if one != {'bf16'}] == [{'f32'}]  # of segments with their table
 
 
 def test_logits_of_bf16_are_accumulated_in_float32():
@@ -447,16 +458,17 @@ def test_logits_of_bf16_are_accumulated_in_float32():
         logits = model.apply({'params': params}, example, train=False)['mlm']['logits']
     (x,) = seen
     assert x.dtype == jnp.bfloat16
-    table = params['embeddings']['token'].astype(jnp.bfloat16)
-    expected = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T + np.asarray(params['targets_mlm']['bias'], np.float64)
+    table, bias = params['embeddings']['token'].astype(jnp.bfloat16), params['targets_mlm']['bias']
+    expected = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T + np.asarray(bias, np.float64)
     np.testing.assert_allclose(logits[..., :V], expected[..., :V], rtol=1e-5, atol=1e-5)
 
 
 def test_attention_scores_of_bf16_are_accumulated_in_float32():
-    """Scores of 30 and more, whose neighbours in bf16 are a quarter apart: rounded, the probabilities would be out by a tenth."""
+    """Scores above 16, whose neighbours in bf16 are an eighth apart: rounded, probabilities would be out by 6 %."""
     rng, size = np.random.default_rng(0), 16
     module = Attention(1, 0.0, 'xla', jnp.bfloat16)
-    params = {'qkv': {'kernel': jnp.asarray(rng.normal(size=(size, 1, 3, size)) * 1.2, jnp.float32), 'bias': jnp.zeros((1, 3, size))},
+    kernel = jnp.asarray(rng.normal(size=(size, 1, 3, size)) * 1.2, jnp.float32)
+    params = {'qkv': {'kernel': kernel, 'bias': jnp.zeros((1, 3, size))},
               'out': {'kernel': jnp.eye(size)[None], 'bias': jnp.zeros(size)}}
     x = jnp.asarray(rng.normal(size=(4, L, size)), jnp.bfloat16)
     mixed, heads = module.apply({'params': params}, x, jnp.ones((4, 1, L, L), bool), None, train=False)

@@ -35,6 +35,24 @@ def test_every_example_once_and_no_row_too_full(lengths, times, key):
         assert np.array_equal(again.numbers, packed.numbers) and np.array_equal(again.starts, packed.starts)
 
 
+@pytest.mark.parametrize('sizes, row', [((3, 4, 5, 6, 7), 96), ((4, 10, 17, 24), 384), (tuple(range(1, 97)), 192)])
+def test_rows_reach_each_of_their_limits_and_pass_none(sizes, row):
+    """Short examples fill the places for examples; those whose masks were rounded up fill the places for masks."""
+    predictions, most = masking.num_predictions(np.arange(97), 96, 0.15), masking.max_predictions(row, 0.15)
+    reached = np.zeros((3, 20), np.int64)
+    for key in range(20):
+        lengths = np.random.default_rng(key).choice(sizes, 400)
+        packed = packing.pack(lengths, predictions, row, most, key)
+        numbers, owners = packed.examples(np.arange(len(packed)))
+        assert sorted(numbers) == list(range(400))
+        for i, each in enumerate((np.ones(400), predictions[lengths], lengths)):
+            reached[i, key] = np.bincount(owners, each[numbers]).max()
+    limits = packing.slots(row), most, row
+    assert all((one <= limit).all() for one, limit in zip(reached, limits))
+    expected = {3: 0, 4: 1, 1: 2}[sizes[0]]
+    assert (reached[expected] == limits[expected]).any()
+
+
 def test_rows_come_in_no_order_of_length_and_in_another_one_with_another_key():
     lengths = np.random.default_rng(0).integers(5, 97, 5000)
     predictions = masking.num_predictions(np.arange(97), 96, 0.15)

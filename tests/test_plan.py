@@ -116,6 +116,15 @@ def test_an_epoch_is_shuffled_and_the_next_one_otherwise(pairing):
     assert len(one) > 1000 and uncorrelated(one, other)
 
 
+def test_the_same_examples_come_in_another_order_in_each_epoch_and_under_each_seed():
+    """Where nothing is drawn but the order: whole chunks of twelve sentences, none cut."""
+    split = Split(np.arange(120_000), np.full(24_000, 5, np.uint16), np.full(10, 2400, np.uint32))
+    tables = [plan.plan(split, 'single', seed, epoch, 62, short_rate=0.0) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    places = [np.argsort(table['a_start']) for table in tables]
+    assert all(np.array_equal(np.sort(table['a_start']), np.arange(0, 120_000, 60)) for table in tables)
+    assert all(uncorrelated(places[i], places[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_every_token_once_as_a_or_true_b_when_nothing_is_cut():
     """Chunks may overshoot the target by a sentence; with one-token sentences they never do."""
     split = Split(np.arange(5000), np.ones(5000, np.uint16), np.full(10, 500, np.uint32))

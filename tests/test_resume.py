@@ -107,7 +107,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(stor
 
 
 def test_dropout_is_on_in_the_run_that_all_others_must_equal(store_path, pretrained):
-    """Its last two steps, made again from the checkpoint before them, have the loss that it wrote; with other masks another."""
+    """Its last two steps, made again, have the loss that it wrote; with other masks they have another."""
     config, data = workdir.read_config(str(pretrained)), store.load(store_path)
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
     *_, phase = pretrain.make_phases(config.phases)

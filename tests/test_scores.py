@@ -32,15 +32,18 @@ def correlation(a, b):
 def test_classification(truth, count):
     """By the definitions, from counts; the library that the code calls is not asked."""
     rng = np.random.default_rng(count)
-    truth = {'random': rng.integers(0, count, 50), 'one class': np.zeros(50, int), 'in turn': np.array([0, 1] * 25)}[truth]
+    truth = {'random': rng.integers(0, count, 50), 'one class': np.zeros(50, int),
+             'in turn': np.array([0, 1] * 25)}[truth]
     logits = rng.normal(size=(50, count))
     labels, guess = ('a', 'b', 'c')[:count], logits.argmax(1)
     each = {f'f1[{label}]': f1(truth == i, guess == i) for i, label in enumerate(labels)}
     both, t, g = (truth == guess).sum(), np.bincount(truth, minlength=count), np.bincount(guess, minlength=count)
-    spread = np.sqrt(float(50**2 - (t * t).sum()) * float(50**2 - (g * g).sum()))  # Gorodkin's R_K, which for two classes is Matthews'
+    # Gorodkin's R_K, which for two classes is Matthews'
+    spread = np.sqrt(float(50**2 - (t * t).sum()) * float(50**2 - (g * g).sum()))
     nll = [np.log(np.exp(row).sum()) - row[label] for row, label in zip(logits, truth)]
     expected = {'accuracy': both / 50, 'loss': np.mean(nll), 'f1_macro': np.mean(list(each.values())), **each,
-                'matthews': (both * 50 - t @ g) / spread if spread else 0.0, **({'f1': each['f1[b]']} if count == 2 else {})}
+                'matthews': (both * 50 - t @ g) / spread if spread else 0.0,
+                **({'f1': each['f1[b]']} if count == 2 else {})}
     assert scores.classification(logits, truth, labels) == pytest.approx(expected, abs=1e-12)
 
 
@@ -71,7 +74,8 @@ def test_multilabel_when_all_or_nothing_is_said(truth, said):
     """Where nothing is there and nothing is said, F1 is 0 by convention; 0 is no yes."""
     ours = scores.multilabel(np.full((6, 3), said), np.full((6, 3), truth), 'abc')
     right = float(truth == (said > 0))
-    assert ours == dict.fromkeys(('f1_micro', 'f1_macro', 'f1[a]', 'f1[b]', 'f1[c]'), right * truth) | {'accuracy': right}
+    names = ('f1_micro', 'f1_macro', 'f1[a]', 'f1[b]', 'f1[c]')
+    assert ours == dict.fromkeys(names, right * truth) | {'accuracy': right}
 
 
 def test_ties_go_to_the_first_class():
@@ -108,7 +112,8 @@ def test_tagging_and_a_split_without_entities():
     gold, said = ({(i, *span) for i, one in enumerate(tags) for span in entities(one)} for tags in (truth, guess))
     both = gold & said
     of = lambda spans, kind: sum(span[1] == kind for span in spans)  # noqa: E731
-    expected = {'precision': len(both) / len(said), 'recall': len(both) / len(gold), 'f1': 2 * len(both) / (len(gold) + len(said)),
+    expected = {'precision': len(both) / len(said), 'recall': len(both) / len(gold),
+                'f1': 2 * len(both) / (len(gold) + len(said)),
                 'accuracy': np.mean([t == g for one, other in zip(truth, guess) for t, g in zip(one, other)])}
     expected |= {f'f1[{kind}]': 2 * of(both, kind) / (of(gold, kind) + of(said, kind)) for kind in ('PER', 'LOC')}
     assert scores.tagging(truth, guess) == pytest.approx(expected)

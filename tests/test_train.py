@@ -32,7 +32,8 @@ def one_step(model, params, example, *, accumulation=1, weights=WEIGHTS, frozen=
         for step, seed in hyper:
             state = train.TrainState(jnp.int32(step), jax.tree.map(jnp.array, params), KEEPS_GRADIENTS.init(trained))
             if not made:
-                update = train.make_train_step(model, KEEPS_GRADIENTS, partition.make_mesh((1, 1, 1)), accumulation, state, frozen)
+                mesh = partition.make_mesh((1, 1, 1))
+                update = train.make_train_step(model, KEEPS_GRADIENTS, mesh, accumulation, state, frozen)
             after, found = update(state, example, train.as_hyper(RATE, weights, seed))
             jax.effects_barrier()
             made.append((after, found, dict(sites)))
@@ -56,15 +57,18 @@ def assert_gradients(found, expected):
 @pytest.mark.parametrize('packed, accumulation', [(False, 1), (True, 2)])
 def test_what_a_step_computes_with_dropout_on(packed, accumulation):
     """Loss, metrics, the gradient of every parameter and the update, with the masks that the step itself drew."""
-    model = models.build('model.embeddings.dropout_rate=0.2', 'model.encoder.attention_dropout_rate=0.4', 'model.encoder.unroll=1')
+    model = models.build('model.embeddings.dropout_rate=0.2', 'model.encoder.attention_dropout_rate=0.4',
+                         'model.encoder.unroll=1')
     example = models.packed_batch() if packed else models.batch()
-    example['next_sentence_weights'] = example['next_sentence_weights'] * (np.arange(8) % 3 > 0)[:, None].astype(np.float32)
+    example['input_ids'][0, 1] = example['masked_lm_ids'][0, 0] = models.V - 1  # the vocabulary's last
+    example['next_sentence_weights'] *= (np.arange(8) % 3 > 0)[:, None]
     params = models.random_params(model, example, scale=0.1)
     ((state, found, sites),) = one_step(model, params, example, accumulation=accumulation)
     assert [len(sites[path]) for path in watch.SITES] == [accumulation, *[2 * accumulation] * 3]
     assert [sites[path][0][2] for path in watch.SITES] == [0.2, 0.4, 0.2, 0.2]
 
     tree, masks, size = plain.tensors(params), watch.factors(sites), 8 // accumulation
+    assert accumulation == 1 or not np.array_equal(*masks['embeddings'])  # micro-batches have their own
     sums = {name: dict.fromkeys(('loss', 'right', 'count'), 0) for name in WEIGHTS}
     for part in range(accumulation):  # micro-batches one after the other, each with its own masks
         rows = {name: array[part * size:(part + 1) * size] for name, array in example.items()}
@@ -75,10 +79,12 @@ def test_what_a_step_computes_with_dropout_on(packed, accumulation):
     gradient = plain.gradients(loss, tree)
 
     assert_gradients(state.opt_state, gradient)
-    jax.tree.map(lambda new, old, g: np.testing.assert_allclose(new, old - RATE * g, atol=1e-5), state.params, params, gradient)
+    after = jax.tree.map(lambda old, g: old - RATE * g, params, gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, after)
     expected = {'loss': loss.item(), 'gradient_norm': math.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))}
     for name, terms in sums.items():
-        expected |= {f'{name}/loss': (terms['loss'] / terms['count']).item(), f'{name}/accuracy': (terms['right'] / terms['count']).item()}
+        expected |= {f'{name}/loss': (terms['loss'] / terms['count']).item(),
+                     f'{name}/accuracy': (terms['right'] / terms['count']).item()}
     tokens = (example['input_mask'] > 0).sum(1)
     sizes = [np.bincount(row, minlength=2)[1:] for row in example['input_mask']]
     expected |= {'tokens': tokens.mean(), 'padding': 1 - tokens.mean() / models.L, 'examples': 2 if packed else 1,
@@ -89,11 +95,12 @@ def test_what_a_step_computes_with_dropout_on(packed, accumulation):
 
 
 def test_a_step_of_fine_tuning_with_frozen_embeddings():
-    """The head drops its pooled vector; a row that is no example counts nothing; what is frozen has no gradient and stays."""
+    """The head drops its pooled vector; a row that is no example counts nothing; what is frozen stays as it was."""
     config = models.config('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1')
     config.targets = ConfigDict({'classification': {'num_classes': 3, 'dropout_rate': 0.5, 'weight': 2.0}})
     model, example = model_parts.build(config), models.packed_batch()
-    example |= {'label_ids': (np.arange(16) % 3).astype(np.int32), 'is_real_example': (np.arange(16) % 4 < 3).astype(np.int32)}
+    example |= {'label_ids': (np.arange(16) % 3).astype(np.int32),
+                'is_real_example': (np.arange(16) % 4 < 3).astype(np.int32)}
     params = models.random_params(model, example, scale=0.1)
     weights = model_parts.target_weights(config)
     ((state, found, sites),) = one_step(model, params, example, weights=weights, frozen=('embeddings',))
@@ -112,7 +119,8 @@ def test_a_step_of_fine_tuning_with_frozen_embeddings():
 
 def test_dropout_is_a_function_of_seed_and_step():
     """The step folds its own number in: the same batch and parameters are dropped otherwise at each step and seed."""
-    model, example = models.build('model.embeddings.dropout_rate=0.5', 'model.encoder.unroll=1'), models.batch(padded=False)
+    model = models.build('model.embeddings.dropout_rate=0.5', 'model.encoder.unroll=1')
+    example = models.batch(padded=False)
     params = models.random_params(model, example, scale=0.1)
 
     which = ((3, 7), (3, 7), (4, 7), (3, 8), (7, 3))
@@ -192,14 +200,15 @@ def run(record, num_steps=11, start=0, **kwargs):
         mean = metrics.Mean(np.float64(batch), np.float64(1))
         return state.replace(step=state.step + 1), {'loss': mean, 'gradient_norm': mean}
 
-    settings = {'log_every': 2, 'save_every': 4, 'eval_every': 6, 'phase_ends': (5,), 'hyper': lambda number: {'learning_rate': number / 100},
-                'evaluators': {'dev': lambda step, params: {'accuracy': step / 10}}, 'rates': lambda *found: {'share': found[:2]}}
-    return train.fit(train.TrainState(np.int32(start), {}, {}), step, iter(range(start, num_steps)), num_steps=num_steps,
-                     checkpoints=record, writer=record, **settings | kwargs)
+    settings = {'log_every': 2, 'save_every': 4, 'eval_every': 6, 'phase_ends': (5,),
+                'hyper': lambda number: {'learning_rate': number / 100}, 'rates': lambda *found: {'share': found[:2]},
+                'evaluators': {'dev': lambda step, params: {'accuracy': step / 10}}}
+    state, batches = train.TrainState(np.int32(start), {}, {}), iter(range(start, num_steps))
+    return train.fit(state, step, batches, num_steps=num_steps, checkpoints=record, writer=record, **settings | kwargs)
 
 
 def test_the_loop_logs_evaluates_and_saves_when_it_should():
-    """Windows of two steps, the phase's end and the run's; the evaluation at 6 and at the end; what is saved has its scores."""
+    """Windows of two steps, the phase's end and the run's; evaluations at 6 and at the end, saved with what follows."""
     record = Record()
     assert int(run(record).step) == 11
     expected = []
@@ -218,8 +227,8 @@ def test_the_loop_begins_where_the_state_stands_and_stops_when_told():
     record = Record()
     with pytest.raises(Stopped, match='step 9 of 11 is saved'):
         run(record, start=7, stop=lambda step: step == 9)
-    assert [told[:2] for told in record.told] == [('write', 8), ('rates', 8), ('flush',), ('save', 8), ('write', 9), ('rates', 9),
-                                                  ('flush',), ('save', 9), ('wait',)]
+    assert [told[:2] for told in record.told] == [('write', 8), ('rates', 8), ('flush',), ('save', 8),
+                                                  ('write', 9), ('rates', 9), ('flush',), ('save', 9), ('wait',)]
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
@@ -228,10 +237,12 @@ def test_a_number_that_is_not_finite_names_its_own_step(bad, term):
     record = Record()
 
     def step(state, batch, hyper):
-        good, one = metrics.Mean(np.float64(1), np.float64(1)), np.float64(1)
-        here = {'loss': good, 'gradient_norm': good} | ({term: metrics.Mean(np.float64(bad), one)} if batch == 6 else {})
-        return state.replace(step=state.step + 1), here
+        means = {name: metrics.Mean(np.float64(1), np.float64(1)) for name in ('loss', 'gradient_norm')}
+        if batch == 6:
+            means[term] = metrics.Mean(np.float64(bad), np.float64(1))
+        return state.replace(step=state.step + 1), means
 
     with pytest.raises(train.Diverged, match=r'step 7 \(batch number 6\): the last good checkpoint is step 4'):
-        train.fit(train.TrainState(np.int32(0), {}, {}), step, iter(range(12)), num_steps=12, log_every=4, save_every=4, eval_every=4,
-                  hyper=lambda _: {'learning_rate': 0}, evaluators={}, checkpoints=record, writer=Record(), rates=lambda *_: {'share': 0})
+        train.fit(train.TrainState(np.int32(0), {}, {}), step, iter(range(12)), num_steps=12, log_every=4, save_every=4,
+                  eval_every=4, evaluators={}, checkpoints=record, writer=Record(),
+                  hyper=lambda _: {'learning_rate': 0}, rates=lambda *_: {'share': 0})

@@ -24,11 +24,13 @@ class Pieces:
         return self.encode_with_offsets(text)[0]
 
     def encode_with_offsets(self, text):
-        offsets = [(at, min(at + 3, word.end())) for word in re.finditer(r'\S+', text) for at in range(word.start(), word.end(), 3)]
+        offsets = [(at, min(at + 3, word.end())) for word in re.finditer(r'\S+', text)
+                   for at in range(word.start(), word.end(), 3)]
         return [10 + int.from_bytes(text[begin:end].encode()) for begin, end in offsets], offsets
 
 
-SETTINGS = {'null_answers': False, 'stride': 5, 'max_query_length': 4, 'max_answer_length': 6, 'n_best': 20, 'null_threshold': None}
+SETTINGS = {'null_answers': False, 'stride': 5, 'max_query_length': 4, 'max_answer_length': 6, 'n_best': 20,
+            'null_threshold': None}
 
 
 def original_spans(length, size, stride):
@@ -69,7 +71,9 @@ def test_windows_and_contexts_are_the_originals(length, size, stride):
 
 def random_question(rng, number):
     """A passage of words of one to four pieces, a question, and an answer of whole tokens, or none."""
-    say = lambda count: ' '.join('x' * rng.integers(0, 10) + f'{rng.integers(100, 1000)}' for _ in range(count))  # noqa: E731
+    def say(count):
+        return ' '.join('x' * rng.integers(0, 10) + f'{rng.integers(100, 1000)}' for _ in range(count))
+
     passage = say(rng.integers(1, 30))
     _, offsets = Pieces().encode_with_offsets(passage)
     first, last = np.sort(rng.integers(0, len(offsets), 2))
@@ -127,7 +131,8 @@ def test_windows_of_questions_hold_what_the_originals_do(questions):
         assert data.ids[part].tolist() == feature['tokens']
         assert [int(at >= data.a_lengths[i]) for at in range(len(feature['tokens']))] == feature['segments']
         expected = [feature['places'].get(at, ((-1, -1), False)) for at in range(len(feature['tokens']))]
-        found = zip(*(data.token_labels[name][part].tolist() for name in ('offset_begins', 'offset_ends', 'best_context')))
+        names = ('offset_begins', 'offset_ends', 'best_context')
+        found = zip(*(data.token_labels[name][part].tolist() for name in names))
         assert [((begin, end), bool(best)) for begin, end, best in found] == expected
 
 
@@ -135,7 +140,8 @@ def test_the_best_answer_is_the_originals(questions):
     """Of all starts and ends in order within a window, as long as allowed, that begin where their context is widest."""
     rows, features, data = questions
     rng = np.random.default_rng(1)
-    logits = {name: [rng.normal(size=n).astype(np.float32) for n in np.diff(data.starts)] for name in ('start_logits', 'end_logits')}
+    logits = {f'{side}_logits': [rng.normal(size=n).astype(np.float32) for n in np.diff(data.starts)]
+              for side in ('start', 'end')}
     found = spans.decode(Task('span', {}, settings=SETTINGS), rows, data, logits)
     best = collections.defaultdict(lambda: (-np.inf,))
     for feature, start, end in zip(features, logits['start_logits'], logits['end_logits']):
@@ -182,18 +188,23 @@ def sentence_windows(sizes, document, budget):
         yield list(window), [len(before) + word for word in core]
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=14), min_size=1, max_size=5), st.lists(st.booleans(), min_size=5, max_size=5),
-       st.integers(4, 22), st.booleans())
-def test_windows_of_sentences_begin_where_the_rule_says(lengths, new_document, max_length, context):
-    """Words of 1 to 12 characters, some too long for any window, in sentences of some documents."""
-    documents = np.cumsum(new_document[:len(lengths)])
+@pytest.mark.parametrize('context', [False, True])
+def test_windows_of_sentences_begin_where_the_rule_says(context):
+    """Words of 1 to 12 characters, some too long for any window, in sentences of 1 to 14 words, of a few documents."""
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        lengths = [rng.integers(1, 13, rng.choice([1, 2, 3, 14])) for _ in range(rng.integers(1, 9))]
+        check_windows(lengths, np.cumsum(rng.random(len(lengths)) < 0.3), int(rng.integers(4, 23)), context)
+
+
+def check_windows(lengths, documents, max_length, context):
     numbers = iter(range(100, 1000))
     sentences = [tuple((f'{next(numbers)}' * 4)[:length] for length in one) for one in lengths]
     labels = ('O', 'B-X', 'I-X')
     rows = [tags.Sentence(words, tuple(labels[(i + len(words)) % 3] for i in range(len(words))), int(document), 'here')
             for words, document in zip(sentences, documents)]
-    data = tags.encode(Task('tagging', {}, labels, settings={'document_context': context}), rows, Pieces(), max_length, (max_length,))
+    task = Task('tagging', {}, labels, settings={'document_context': context})
+    data = tags.encode(task, rows, Pieces(), max_length, (max_length,))
     budget, expected = max_length - 2, []
     pieces = [[Pieces().encode(word)[:budget] for word in words] for words in sentences]
     first_word = 0
@@ -202,7 +213,8 @@ def test_windows_of_sentences_begin_where_the_rule_says(lengths, new_document, m
         before = [piece for i in same if i < number for piece in pieces[i]]
         after = [piece for i in same if i > number for piece in pieces[i]]
         every = [*before, *pieces[number], *after]
-        for window, tagged in sentence_windows([*map(len, pieces[number])], ([*map(len, before)], [*map(len, after)]), budget):
+        here, *document = ([*map(len, part)] for part in (pieces[number], before, after))
+        for window, tagged in sentence_windows(here, document, budget):
             ids, label_ids, words = [Pieces.cls_id], [-1], [-1]
             for word in window:
                 at, rest = word - len(before), [-1] * (len(every[word]) - 1)
@@ -212,7 +224,7 @@ def test_windows_of_sentences_begin_where_the_rule_says(lengths, new_document, m
             expected.append((number, [*ids, Pieces.sep_id], [*label_ids, -1], [*words, -1]))
         first_word += len(row.words)
     parts = [slice(a, b) for a, b in zip(data.starts, data.starts[1:])]
-    found = [(owner, data.ids[part].tolist(), *(data.token_labels[name][part].tolist() for name in ('label_ids', 'words')))
-             for owner, part in zip(data.owners.tolist(), parts)]
+    every = data.ids, data.token_labels['label_ids'], data.token_labels['words']
+    found = [(owner, *(values[part].tolist() for values in every)) for owner, part in zip(data.owners.tolist(), parts)]
     assert found == expected
     assert data.truncated == sum(any(len(Pieces().encode(word)) > budget for word in words) for words in sentences)

@@ -11,7 +11,7 @@ from bert_jax.model.layers import Dropout
 
 @contextlib.contextmanager
 def forced(monkeypatch, branch, taken=None):
-    """Within it every choice by platform takes its `cpu` branch, or the `default` of all others; `taken` counts them."""
+    """Within it choices by platform take their `cpu` branch, or the `default` of all others; `taken` counts them."""
     def choose(*args, default, **of_platforms):
         if taken is not None:
             taken.append(branch)
@@ -31,7 +31,8 @@ def dropout():
         out = call(*args, **kwargs)
         if isinstance(context.module, Dropout):
             path, rate = '/'.join(context.module.path), context.module.rate
-            jax.debug.callback(lambda a, b: sites.setdefault(path, []).append((np.asarray(a), np.asarray(b), rate)), args[0], out)
+            jax.debug.callback(lambda a, b: sites.setdefault(path, []).append(
+                (np.asarray(a), np.asarray(b), rate)), args[0], out)
         return out
 
     with nn.intercept_methods(record):
