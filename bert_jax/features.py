@@ -4,8 +4,8 @@
     python -m bert_jax.features --from W --input texts.jsonl --output vectors --layers embeddings,-2,concat4 --pool mean
 
 Texts are one a line (a pair with a tab between), JSON lines {"text", "text_pair"} or tables, read as predict reads
-them. The output is a folder of parts
-of --part_size texts each; a part appears whole, and a run that was interrupted goes on after the last one.
+them. The output is a folder of parts of --part_size texts each; a part appears whole, and a run that was interrupted
+goes on after the last one.
 
 Layers: embeddings; 1 to N, or -1 (the last), -2, ...; sum4 and concat4 (of the last four). A list that begins with a
 minus needs an equals sign: --layers=-2,-1. In each part, text number i has

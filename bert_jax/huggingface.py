@@ -48,8 +48,10 @@ TIED = {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weigh
 def is_folder(path: pathlib.Path) -> bool:
     """Whether a local folder is in Hugging Face's format."""
     file = path / 'config.json'
-    config = paths.read_json(file) if file.is_file() else {'model': None}
-    return not (isinstance(config, dict) and 'model' in config)
+    if not file.is_file():
+        return False
+    config = paths.read_json(file)
+    return not (isinstance(config, dict) and 'model' in config)  # as a workdir's has
 
 
 def download(name: str) -> pathlib.Path:

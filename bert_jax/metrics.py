@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
-import google_crc32c
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,7 @@ from etils import epath
 
 from bert_jax import cli, paths
 from bert_jax.cli import UserError
+from bert_jax.tf_bundle import masked_crc
 
 REMOTE_SECONDS = 60  # between two writes of a log to gs://
 
@@ -80,7 +80,8 @@ class Board:
     def _add(self, **contents: Any) -> None:
         record = self._protos[0].Event(wall_time=time.time(), **contents).SerializeToString()
         size = struct.pack('<Q', len(record))
-        self._pending += size + _checksum(size) + record + _checksum(record)
+        for part in (size, record):
+            self._pending += part + struct.pack('<I', masked_crc(part))
 
     def flush(self) -> None:
         """Writes what is not written yet."""
@@ -103,12 +104,6 @@ def _tensorboardx(module: str) -> types.ModuleType:
     finally:
         if hidden:
             del sys.modules['torch']
-
-
-def _checksum(content: bytes) -> bytes:
-    """The masked CRC-32C of TensorFlow's record files."""
-    crc = google_crc32c.value(content)
-    return struct.pack('<I', ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff)
 
 
 class Writer:

@@ -116,10 +116,15 @@ def is_free(folder: epath.PathLike) -> bool:
     return not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
 
 
-def check_local(path: str, option: str) -> pathlib.Path:
-    """`path` as a local one; refuses '', and gs:// and its like, of which pathlib would make a folder named `gs:`."""
+def refuse_empty(path: str, option: str) -> None:
+    """Refuses '', which would be the current folder."""
     if not path.strip():
         raise UserError(f"{option} '': a path is expected.")
+
+
+def check_local(path: str, option: str) -> pathlib.Path:
+    """`path` as a local one; refuses '', and gs:// and its like, of which pathlib would make a folder named `gs:`."""
+    refuse_empty(path, option)
     if '://' in path:
         raise UserError(f'{option} {path}: a local path is expected; copy what is there to the bucket afterwards.')
     return pathlib.Path(path)

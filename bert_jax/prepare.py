@@ -35,7 +35,7 @@ import numpy as np
 
 from bert_jax import cli, lock, paths
 from bert_jax.cli import UserError
-from bert_jax.data import corpora, store, tokenizer
+from bert_jax.data import corpora, store, text_files, tokenizer
 
 
 @dataclasses.dataclass
@@ -157,7 +157,7 @@ def _notes(counts: collections.Counter, held_out: float) -> Iterator[str]:
 def _write_all(writer: '_Writer', names: list[str], reader: corpora.Reader, held_out: float,
                tokenizer_path: str, workers: int) -> tuple[int, int]:
     """Encodes all blocks in worker processes, appends them in order; returns the bytes of text and tokens of now."""
-    packed = any(':' in name or name.endswith(('.gz', '.bz2', '.xz', '.parquet')) for name in names)
+    packed = any(':' in name or name.endswith((*text_files.PACKED_ENDINGS, '.parquet')) for name in names)
     total = None if packed else sum(map(_size, names))
     text_bytes = 0
     with _pool(workers, tokenizer_path, reader, held_out) as pool, \

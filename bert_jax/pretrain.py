@@ -231,8 +231,8 @@ def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         examples.check_batch_size(size, partition.data_devices(mesh), config.accumulation)
 
 
-def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, examples.Examples | examples.Mixture],
-                  start: int, sharding: jax.sharding.Sharding) -> Iterator[batches.Batch]:
+def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, examples.Stream], start: int,
+                  sharding: jax.sharding.Sharding) -> Iterator[batches.Batch]:
     """This host's rows of every batch from step `start` to the end."""
     stream = choose('pipeline', batches.STREAMS, config.pipeline)
     for phase in phases:
@@ -242,8 +242,7 @@ def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, ex
         yield from stream(make, max(start, phase.first) - phase.first, phase.stop - phase.first)
 
 
-def _make_batch(source: examples.Examples | examples.Mixture, phase: Phase, rows: np.ndarray, step: int
-                ) -> batches.Batch:
+def _make_batch(source: examples.Stream, phase: Phase, rows: np.ndarray, step: int) -> batches.Batch:
     return source.batch(step, phase.batch_size, rows, phase.begin)
 
 

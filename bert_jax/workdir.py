@@ -69,8 +69,7 @@ def opened(path: str, config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> It
 
 def check(path: str) -> None:
     """Refuses a folder that holds something but no run, and one that has no name."""
-    if not path.strip():
-        raise UserError("--workdir '': a path is expected.")
+    paths.refuse_empty(path, '--workdir')
     folder = epath.Path(path)
     if not paths.is_free(folder) and not is_workdir(folder):
         raise UserError(f'{path}: not an empty folder, and not a workdir (no config.json of a run in it); give another '
@@ -93,10 +92,11 @@ def opened_sweep(path: str) -> Iterator[epath.Path]:
     Raises:
       UserError: it holds something else, or another process works in it.
     """
+    paths.refuse_empty(path, '--workdir')
     folder = epath.Path(path)
     others = sorted(one.name for one in folder.iterdir() if one.name not in SWEEP) if folder.exists() else []
-    if not path.strip() or others:
-        raise UserError(f'{path or "--workdir"}: not an empty folder, and not a sweep ({", ".join(others[:5])}); give '
+    if others:
+        raise UserError(f'{path}: not an empty folder, and not a sweep ({", ".join(others[:5])}); give '
                         'another --workdir.')
     with lock.hold(folder):
         yield folder

@@ -10,7 +10,7 @@ import torchmetrics
 from seqeval.metrics.sequence_labeling import get_entities
 
 from bert_jax import scores
-from bert_jax.data import tags
+from bert_jax.data import tag_schemes
 
 WORDS = ['the', 'a', 'An', 'cat', 'Cat.', 'sat', '"mat"', '12,5', '', 'é', 'B.C.', '--']
 
@@ -88,7 +88,7 @@ def test_entities_are_those_that_seqeval_counts():
     rng = np.random.default_rng(0)
     for _ in range(300):
         found = list(rng.choice(['O', 'B-PER', 'I-PER', 'B-LOC', 'I-LOC'], rng.integers(1, 9)))
-        ours = [(entity['type'], entity['begin'], entity['end'] - 1) for entity in tags.entities(['w'] * len(found), found)]
+        ours = [(entity['type'], entity['begin'], entity['end'] - 1) for entity in tag_schemes.entities(['w'] * len(found), found)]
         assert ours == get_entities(found), found
 
 

@@ -74,6 +74,14 @@ def normalized(text):
     return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
 
 
+@pytest.mark.parametrize('indent', [None, 1])
+def test_a_squad_file_is_predicted_however_it_is_laid_out(tmp_path, indent):
+    (tmp_path / 'a.json').write_text(json.dumps({'data': [{'paragraphs': [{'context': 'a b c', 'qas': [
+        {'id': 'x', 'question': 'which?', 'answers': []}]}]}]}, indent=indent))
+    (row,), left_out = tasks.read_inputs(str(tmp_path / 'a.json'), 'span', {'name': 'squad2'})
+    assert (row.id, row.text, row.passage, left_out) == ('x', 'which?', 'a b c', 0)
+
+
 def squad_1(truth, said):
     """evaluate-v1.1.py's f1_score."""
     said, truth = normalized(said).split(), normalized(truth).split()

@@ -11,7 +11,7 @@ from transformers import TokenClassificationPipeline
 
 from bert_jax import cli
 from bert_jax.cli import UserError
-from bert_jax.data import tags, tasks
+from bert_jax.data import tag_schemes, tags, tasks
 from bert_jax.data.task import Task
 
 
@@ -23,15 +23,15 @@ def test_entities_of_every_scheme_are_seqevals():
     """All sequences of four tags, also those that no scheme allows: S-PER S-PER S-PER are three."""
     every = ['O', *(f'{prefix}-{kind}' for prefix in 'BIES' for kind in ('PER', 'LOC'))]
     for sequence in itertools.product(every, repeat=4):
-        assert spans(tags.entities('wwww', sequence, every)) == get_entities(list(sequence)), sequence
-    assert len(tags.entities('www', ['S-PER'] * 3)) == 3
+        assert spans(tag_schemes.entities('wwww', sequence, every)) == get_entities(list(sequence)), sequence
+    assert len(tag_schemes.entities('www', ['S-PER'] * 3)) == 3
 
 
 @pytest.mark.parametrize('given, meant', [
     (['U-PER', 'B-LOC', 'L-LOC', 'O'], ['S-PER', 'B-LOC', 'E-LOC', 'O']), (['B_PER', 'I_PER', 'O', 'B_X-Y'], ['B-PER', 'I-PER', 'O', 'B-X-Y']),
     (['B-PER', 'M-PER', 'E-PER', 'S-PER'], ['B-PER', 'I-PER', 'E-PER', 'S-PER']), (['PER', 'PER', 'LOC', 'O'], ['B-PER', 'I-PER', 'B-LOC', 'O'])])
 def test_other_ways_to_write_tags(given, meant):
-    assert spans(tags.entities('abcd', given)) == get_entities(meant)
+    assert spans(tag_schemes.entities('abcd', given)) == get_entities(meant)
 
 
 def test_random_sequences_of_every_scheme_are_seqevals():
@@ -44,7 +44,7 @@ def test_random_sequences_of_every_scheme_are_seqevals():
                 found = rng.choice(every, rng.integers(0, 13)).tolist()
                 letters = str.maketrans('LUM', 'ESI')
                 meant = [tag if tag == 'O' else f'{tag[0].translate(letters)}-{tag[2:]}' for tag in found]
-                assert spans(tags.entities(['w'] * len(found), found, every)) == get_entities(meant), found
+                assert spans(tag_schemes.entities(['w'] * len(found), found, every)) == get_entities(meant), found
 
 
 def test_labels_without_a_prefix_beside_those_with_one():
@@ -52,10 +52,10 @@ def test_labels_without_a_prefix_beside_those_with_one():
     labels = ('O', 'B-PER', 'I-PER', 'X', '[CLS]')
     for sequence in itertools.product(labels, repeat=4):
         meant = ['-'.join(TokenClassificationPipeline.get_tag(None, tag)) if tag != 'O' else 'O' for tag in sequence]
-        assert spans(tags.entities('wwww', sequence, labels)) == get_entities(meant), sequence
-    kinds = [entity['type'] for entity in tags.entities('abc', ['E_MAIL', 'PHONE', 'O'], ('O', 'E_MAIL', 'PHONE'))]
+        assert spans(tag_schemes.entities('wwww', sequence, labels)) == get_entities(meant), sequence
+    kinds = [entity['type'] for entity in tag_schemes.entities('abc', ['E_MAIL', 'PHONE', 'O'], ('O', 'E_MAIL', 'PHONE'))]
     assert kinds == ['E_MAIL', 'PHONE']  # no scheme: a type that only looks like one
-    assert spans(tags.entities('abc', ['B-PER', 'I-PER', 'X'], ('B-PER', 'I-PER', 'X'))) == [('PER', 0, 1)]
+    assert spans(tag_schemes.entities('abc', ['B-PER', 'I-PER', 'X'], ('B-PER', 'I-PER', 'X'))) == [('PER', 0, 1)]
 
 
 @pytest.mark.parametrize('labels', [('NN', 'VB', 'S'), ('LABEL_0', 'LABEL_1', 'LABEL_2'), ('O', 'PER', 'B'), ('O',), ('B_PER', 'O', 'I_PER')])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import bert_jax
 from bert_jax import checkpoint, cli, finetune, predict, scores, sweep
 from bert_jax.cli import UserError
-from bert_jax.data import choices, encoded, glue, spans, tags, tasks, texts, tokenizer
+from bert_jax.data import choices, encoded, glue, spans, tag_schemes, tags, tasks, texts, tokenizer
 from bert_jax.data.task import Task
 
 RNG = np.random.default_rng(0)
@@ -316,7 +316,7 @@ def test_every_scheme_becomes_iob2(scheme, given_tags, tmp_path):
     (tmp_path / 'a').write_text('\n'.join(f'w{i}\t{tag}' for i, tag in enumerate(given_tags.split())) + '\n\nx O\n')
     sentences = tags.read(str(tmp_path / 'a'), '', '', scheme, labelled=True)
     assert sentences[0].tags == ('O', 'B-PER', 'I-PER', 'B-PER', 'B-LOC', 'O', 'B-LOC') and len(sentences) == 2
-    entities = tags.entities(sentences[0].words, sentences[0].tags)
+    entities = tag_schemes.entities(sentences[0].words, sentences[0].tags)
     assert [(e['type'], e['begin'], e['end']) for e in entities] == [('PER', 1, 3), ('PER', 3, 4), ('LOC', 4, 5), ('LOC', 6, 7)]
 
 

@@ -63,6 +63,17 @@ def read(file: str, form: str, labelled: bool = True, **columns: Any) -> list[Qu
     return questions
 
 
+def inputs(file: str, settings: dict[str, Any]) -> list[Question]:
+    """Questions of a table without answers; of a run with such columns, or the usual ones."""
+    form = settings.get('format', 'plain')
+    if form != 'plain':
+        return read(file, form, labelled=False)
+    known, several = tables.columns(file), settings.get('choice_columns', ())
+    return read(file, form, labelled=False,
+                context_column=tables.chosen(known, settings.get('context_column', ''), 'context'),
+                choice_columns=several if several and set(several) <= set(known) else ('choices',))
+
+
 ENDING = re.compile(r'ending\d+')
 
 
@@ -86,7 +97,7 @@ def _fewer(where: str, choices: list[Any]) -> list[Any]:
 
 def _label(where: str, record: dict[str, Any], name: str) -> int | None:
     value = tables.column(where, record, name)
-    return None if value in (None, '') or value != value else tables.whole(where, name, value)
+    return None if value == '' or tables.is_null(value) else tables.whole(where, name, value)
 
 
 def _commonsenseqa(file: str, labelled: bool) -> Iterator[Question]:

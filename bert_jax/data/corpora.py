@@ -4,25 +4,21 @@ A source is read in blocks: whole documents, a few megabytes at a time, cheap fo
 process then decodes a block and splits it. So memory stays bounded and order is the input's own.
 """
 
-import bz2
 import dataclasses
 import glob
-import gzip
 import html
 import json
-import lzma
 import os
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 import pyarrow.parquet
 
 from bert_jax.cli import UserError, choose, first_line
-from bert_jax.data import stdlib
+from bert_jax.data import stdlib, text_files
 
 BLOCK_BYTES = 1 << 20  # what a worker takes at a time
 LINE_BYTES = 1 << 20  # a longer line in one-sentence-a-line text is a mistake
@@ -31,8 +27,6 @@ SENTENCE_END = re.compile(
     r'(?<=[.!?…؟۔।])["\'”’»)\]]*\s+(?=["\'“‘«„(\[¿¡]*(?P<next>[^\W_]))|(?<=[。！？])["\'”’」』）]*')
 ABBREVIATION = re.compile(
     r'(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|No|vol|pp|Fig|Inc|Ltd|Co|Gen|Col|Capt|Lt)|\b[A-Z])\.$')
-
-
 LONGEST_ABBREVIATION = 8  # characters of a text before a full stop that tell, one before the abbreviation included
 FEW_BAD, MOST_BAD = 20, 0.02  # characters, and their share of a text, that may be replaced without its being noise
 
@@ -45,7 +39,7 @@ class Block:
       source: the file's name, for messages.
       line: the number of the block's first line (or record) in it, from 1.
       content: raw bytes of lines, or ready texts of one document each.
-      kind: the CORPORA entry that reads it.
+      kind: the CORPORA entry that reads it; `Reader.blocks` says it.
     """
 
     source: str
@@ -75,67 +69,6 @@ def expand(inputs: Sequence[str]) -> list[str]:
     return names
 
 
-HEAD_BYTES = 1 << 16  # of a file, by which it is recognised
-PACKED = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\x00': lzma.open}
-UTF_16 = 'UTF-16; iconv -f UTF-16 -t UTF-8 makes it UTF-8'
-NOT_TEXT = {  # how a file begins -> what it is, and what to do
-    b'\x28\xb5\x2f\xfd': 'packed with zstd; unpack it first (zstd -d)',
-    b'PK\x03\x04': 'a zip archive (as .docx and .xlsx are); unpack it first, or save it as text',
-    b'\xd0\xcf\x11\xe0': 'an old Office file; save it as text',
-    b'%PDF': 'a PDF; pdftotext takes its text out',
-    b'\xff\xfe': UTF_16, b'\xfe\xff': UTF_16}
-MARKUP = re.compile(rb'<(!doctype html|html|mediawiki|\?xml)\b', re.IGNORECASE)
-DOC = re.compile(rb'<doc\b[^>\n]*>')  # WikiExtractor
-TABLES = ('csv', 'tsv')
-
-
-def detect(name: str, text_format: str) -> str:
-    """The CORPORA entry that reads `name`: by its ending, else by how it begins; `text_format` decides for plain text.
-
-    Raises:
-      UserError: what is no text, or is a table; says what it is and what to do.
-    """
-    return _scheme(name) or _recognised(name) or text_format
-
-
-def _recognised(name: str) -> str:
-    """'jsonl', 'parquet' or 'wikiextractor' for what is one of them, '' for plain text."""
-    suffix = re.sub(r'\.(gz|bz2|xz)$', '', name).rpartition('.')[2].lower()
-    if suffix in TABLES:
-        raise UserError(f'{name}: a table; give its texts as JSON lines or Parquet (--text_column), or one a line in a '
-                        '.txt file.')
-    try:
-        with _open(name) as file:
-            head = file.read(HEAD_BYTES)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f'{name}: cannot be read ({error}).') from error
-    if head.startswith(b'PAR1') or suffix == 'parquet':
-        return 'parquet'
-    what = next((what for magic, what in NOT_TEXT.items() if head.startswith(magic)), '')
-    if what or b'\0' in head:
-        raise UserError(f'{name}: no text, but {what or "binary data (it holds zero bytes)"}.')
-    first = head.removeprefix(b'\xef\xbb\xbf').lstrip()
-    if DOC.match(first):
-        return 'wikiextractor'
-    if MARKUP.match(first):
-        raise UserError(f'{name}: markup ({first[:20].decode(errors="replace")}...), not text; take the text out first '
-                        '(WikiExtractor does for Wikipedia).')
-    return 'jsonl' if _is_json(name, first) or suffix in ('jsonl', 'json') else ''
-
-
-def _is_json(name: str, first: bytes) -> bool:
-    """Whether a file's first line is a JSON object; prose may begin with a brace too."""
-    line, whole, _ = first.partition(b'\n')
-    if re.match(rb'\[\s*\{\s*"', first):
-        raise UserError(f'{name}: a JSON array; JSON lines, an object a line, are expected.')
-    if not whole and len(first) > HEAD_BYTES // 2:
-        return bool(re.match(rb'\{\s*"[^"\n]*"\s*:', line))
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
 def _scheme(name: str) -> str:
     scheme = name.partition(':')[0]
     return scheme if ':' in name and scheme in CORPORA else ''
@@ -157,8 +90,12 @@ class Reader:
     errors: str = 'strict'
 
     def blocks(self, name: str) -> Iterator[Block]:
-        """The blocks of one input, in order."""
-        kind = detect(name, self.text_format)
+        """The blocks of one input, in order; `text_format` decides for plain text.
+
+        Raises:
+          UserError: what is no text, or is a table; says what it is and what to do.
+        """
+        kind = _scheme(name) or text_files.recognise(name) or self.text_format
         return (dataclasses.replace(block, kind=kind) for block in choose('corpus', CORPORA, kind).blocks(name, self))
 
     def documents(self, block: Block) -> list[list[str]]:
@@ -167,8 +104,7 @@ class Reader:
         Raises:
           UserError: invalid UTF-8, a line too long, a record without the text column (file and line).
         """
-        kind = choose('corpus', CORPORA, block.kind or detect(block.source, self.text_format))
-        documents = ([s for s in document if s] for document in kind.documents(block, self))
+        documents = ([s for s in document if s] for document in CORPORA[block.kind].documents(block, self))
         return [document for document in documents if document]
 
 
@@ -193,28 +129,14 @@ def split_sentences(text: str) -> list[str]:
     return [*sentences, last] if last else sentences
 
 
-def _open(name: str) -> Any:
-    """A file, unpacked on the way if it is gzip, bzip2 or xz, whatever its ending."""
-    try:
-        with open(name, 'rb') as file:
-            head = file.read(8)
-        unpack = next((unpack for magic, unpack in PACKED.items() if head.startswith(magic)), open)
-        if unpack is open and head and name.endswith(('.gz', '.bz2', '.xz')):
-            raise UserError(f'{name}: cannot be read (by its name it is packed, but it is not).')
-        return unpack(name, 'rb')
-    except OSError as error:
-        raise UserError(f'{name}: {error.strerror}.') from error
-
-
 def _read_blocks(name: str, last_cut: Callable[[bytearray, int], int], too_long: str) -> Iterator[Block]:
-    """Cuts a file where `last_cut` allows: (data, begin) -> the end of the last document that ends after begin; or -1.
-    """
+    """Cuts a file where `last_cut` allows: (data, begin) -> the last document's end, if it is after begin, or -1."""
     line, rest = 1, bytearray()
-    with _open(name) as file:
+    with text_files.open_unpacked(name) as file:
         while True:
             try:
                 data = file.read(BLOCK_BYTES)
-            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            except text_files.UNREADABLE as error:
                 raise UserError(f'{name}: cannot be read ({error}).') from error
             if not data:
                 break
@@ -345,8 +267,8 @@ def _ready_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
 
 def _parquet_blocks(name: str, reader: Reader) -> Iterator[Block]:
     try:
-        table = pyarrow.parquet.ParquetFile(_unpacked(name) if name.endswith(('.gz', '.bz2', '.xz')) else name)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+        table = pyarrow.parquet.ParquetFile(_unpacked(name) if name.endswith(text_files.PACKED_ENDINGS) else name)
+    except (*text_files.UNREADABLE, pyarrow.ArrowException) as error:
         raise UserError(f'{name}: not a Parquet file ({error}).') from error
     if reader.text_column not in table.schema_arrow.names:
         raise UserError(f'{name}: no column {reader.text_column!r}; there are: '
@@ -360,7 +282,7 @@ def _parquet_blocks(name: str, reader: Reader) -> Iterator[Block]:
 def _unpacked(name: str) -> IO[bytes]:
     """A file's contents on disk for as long as they are read: Parquet is read from its end."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the reader's, closed with it
-    with _open(name) as packed:
+    with text_files.open_unpacked(name) as packed:
         shutil.copyfileobj(packed, file)
     return file
 

@@ -192,13 +192,17 @@ class Mixture:
         return source, block * np.array(self.weights)[source] + earlier.sum(1)
 
 
-def mixed(splits: Sequence[Split], *args: Any, name: str, mixture: Sequence[int], **settings: Any
-          ) -> Examples | Mixture:
+Stream = Examples | Mixture
+
+
+def mixed(splits: Sequence[Split], tokenizer: Tokenizer, seed: int, max_length: int, *, name: str,
+          mixture: Sequence[int], **settings: Any) -> Stream:
     """The stream of one store's split, or of several.
 
     Args:
       splits: a side of each store.
-      args: tokenizer, seed and max_length of the stream.
+      tokenizer: of the stores.
+      seed, max_length: of the stream.
       name: an EXAMPLES name.
       mixture: rows of each split in a block; () for one of each.
       settings: of the stream.
@@ -207,12 +211,12 @@ def mixed(splits: Sequence[Split], *args: Any, name: str, mixture: Sequence[int]
       UserError: an unknown name or setting, weights that do not fit the stores.
     """
     make = choose('examples', EXAMPLES, name)
-    streams = tuple(make(split, *args, **settings) for split in splits)
+    streams = tuple(make(split, tokenizer, seed, max_length, **settings) for split in splits)
     weights = tuple(mixture) or (1,) * len(streams)
     if len(weights) != len(streams) or min(weights) < 1:
         raise UserError(f'--config.examples.mixture={tuple(mixture)}: a whole number of 1 or more for each of the '
                         f'{len(streams)} stores is expected.')
-    return streams[0] if len(streams) == 1 else Mixture(streams, weights, args[1])
+    return streams[0] if len(streams) == 1 else Mixture(streams, weights, seed)
 
 
 def empty(batch_size: int, max_length: int, mask_rate: float, pack_lengths: int, **_: Any) -> dict[str, np.ndarray]:

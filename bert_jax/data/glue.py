@@ -90,12 +90,13 @@ def read(name: str, folder: str) -> Task:
     return with_classes(task) if layout.labels else with_numbers(task)
 
 
-def columns(name: str) -> tuple[str, str]:
-    """Where a task's files have text and pair, by name; ('', '') for what is no task of GLUE."""
-    layout = LAYOUTS.get(name)
+def with_columns(settings: dict[str, Any]) -> dict[str, Any]:
+    """A task's settings, of GLUE's with the columns that its files have."""
+    layout = LAYOUTS.get(settings.get('name', ''))
     if layout is None:
-        return '', ''
-    return ('sentence', '') if layout.fields else (layout.text, layout.pair)
+        return settings
+    text, pair = ('sentence', '') if layout.fields else (layout.text, layout.pair)
+    return settings | {'text_column': text, 'text_pair_column': pair}
 
 
 Found = tuple[dict[str, list[Row]], tuple[str, ...]]  # splits, notes

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bert_jax.cli import UserError
+from bert_jax.data import tables
 
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 NUMBER = re.compile(r'[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?')
@@ -22,10 +23,10 @@ def given(where: str, value: Any) -> Any:
     Raises:
       UserError: an object, or a list that holds one, a list, or nothing.
     """
-    if value is None or value != value:
+    if tables.is_null(value):
         return None
     parts = value if isinstance(value, list) else [value]
-    if any(isinstance(part, (dict, list)) or part is None or part != part for part in parts):
+    if any(isinstance(part, (dict, list)) or tables.is_null(part) for part in parts):
         raise UserError(f'{where}: the label {json.dumps(value)[:40]} is neither a name, a number nor a list of names.')
     return value if isinstance(value, list) else named(value)
 
@@ -43,10 +44,15 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def check(names: Sequence[str], where: str) -> None:
-    """Refuses label names that are fewer than two, or one that stands twice."""
+    """Refuses label names that are fewer than two, or not different."""
     if len(names) < 2:
         raise UserError(f'{where.rpartition(":")[0]}: {len(names)} labels ({", ".join(names)}); two or more are '
                         'expected.')
+    check_different(names)
+
+
+def check_different(names: Sequence[str]) -> None:
+    """Refuses a label name that stands twice."""
     (twice, count), *_ = Counter(names).most_common(1)
     if count > 1:
         raise UserError(f'--config.task.labels: {twice!r} stands twice.')

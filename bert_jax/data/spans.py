@@ -76,6 +76,19 @@ def read(file: str, labelled: bool = True, **columns: str) -> list[Question]:
     return questions
 
 
+COLUMNS = ('question', 'passage', 'answer', 'answer_start', 'id')
+
+
+def inputs(file: str, settings: dict[str, Any]) -> list[Question]:
+    """Questions of a file without answers; of a run with such columns, or the usual ones."""
+    columns = {}
+    if not file.endswith('.json'):
+        known = tables.columns(file)
+        columns = {f'{name}_column': tables.chosen(known, settings.get(f'{name}_column', ''), name) for name in COLUMNS}
+    rows = read(file, labelled=False, **columns)
+    return [dataclasses.replace(row, id='') if row.id == row.where else row for row in rows]
+
+
 def _squad(file: str, labelled: bool) -> Iterator[Question]:
     with tables.open_text(file) as lines:
         try:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -72,6 +73,16 @@ LIKE_JSON = re.compile(rb'\[?\s*\{\s*("|\}|$)|\[\s*$')
 def columns(file: str) -> list[str]:
     """The columns of a table's first row."""
     return next((list(record) for _, record in read_table(file)), [])
+
+
+def chosen(known: Iterable[str], named: str, *usual: str) -> str:
+    """The column that a run names, if it is known; else a usual one that is."""
+    return next((name for name in (named, *usual) if name and name in known), named or usual[0])
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value of a record is null or NaN, which alone is not equal to itself."""
+    return value is None or value != value
 
 
 def read_rows(file: str) -> Iterator[tuple[str, list[str]]]:
@@ -211,15 +222,10 @@ def _under_a_header(file: str, rows: Iterator[tuple[int, list[str]]]) -> Iterato
 
 
 def as_tsv(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows with tabs between fields, quoted as in CSV; csv itself leaves a carriage return unquoted here."""
-    out = io.StringIO(newline='')
-    writer = csv.writer(out, delimiter='\t', lineterminator='\r\n')
+    """Rows with tabs between fields, quoted as in CSV; csv quotes carriage returns only if it ends lines with them."""
     lines = []
-    for row in rows:
-        out.seek(0)
-        out.truncate()
-        writer.writerow(row)
-        lines.append(out.getvalue().removesuffix('\r\n') + '\n')
+    out = types.SimpleNamespace(write=lambda line: lines.append(line.removesuffix('\r\n') + '\n'))
+    csv.writer(out, delimiter='\t', lineterminator='\r\n').writerows(rows)
     return ''.join(lines)
 
 
@@ -237,7 +243,7 @@ def text(where: str, record: dict[str, Any], name: str) -> str:
 
 def as_text(where: str, name: str, value: Any) -> str:
     """A value of a record as text; see `text`."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or is_null(value):
         raise UserError(f'{where}: {name} is {json.dumps(value)[:40]}, which is no text.')
     return str(value)
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from bert_jax import cli, scores
 from bert_jax.cli import UserError, choose
-from bert_jax.data import encoded, tables
+from bert_jax.data import encoded, tables, tag_schemes
+from bert_jax.data.labels import check_different
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 
 DOCUMENT = '-DOCSTART-'
 TOO_LONG = 'sentences have a word longer than max_length'
-TAG = re.compile(r'(?:([BIESLU])-(.+))|O')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bo
       UserError: a line with too few columns, a table with a word a row and no such column, a sentence with more words
         than tags, a tag that is none of the scheme (file and line), no sentence.
     """
-    convert = choose('tag scheme', SCHEMES, scheme)
+    convert = choose('tag scheme', tag_schemes.SCHEMES, scheme)
     if is_table(file, word_column, tag_column):
         sentences = _from_table(file, word_column or 'words', tag_column or 'tags', sentence_column, convert, labelled)
     else:
@@ -72,6 +72,18 @@ def read(file: str, word_column: str, tag_column: str, scheme: str, labelled: bo
     if not sentences:
         raise UserError(f'{file}: no sentences in it.')
     return sentences
+
+
+def inputs(file: str, settings: dict[str, Any]) -> list[Sentence]:
+    """Sentences of a table or a column file without tags; of a run with such columns, or the usual ones."""
+    if tables.is_table(file):
+        known = tables.columns(file)
+        words = tables.chosen(known, settings.get('word_column', ''), 'words', 'tokens')
+        if words in known or not file.lower().endswith('.tsv'):
+            sentence = settings.get('sentence_column', '')
+            return read(file, words, '', 'iob2', labelled=False, sentence_column=sentence if sentence in known else '')
+    numbers = [settings.get(name, '') for name in ('word_column', 'tag_column')]
+    return read(file, *(('', '') if is_table('', *numbers) else numbers), 'iob2', labelled=False)
 
 
 def is_table(file: str, word_column: str, tag_column: str) -> bool:
@@ -121,7 +133,7 @@ def _by_sentence(rows: Rows, column: str) -> list[Rows]:
     groups, last = [], None
     for row in rows:
         value = tables.column(row[0], row[1], column)
-        value = '' if value is None or value != value else str(value).strip()  # NaN is not itself
+        value = '' if tables.is_null(value) else str(value).strip()
         if not groups or (value and value != last):
             groups.append([])
         last = value or last
@@ -134,7 +146,8 @@ def _sentence(group: Rows, convert: Callable, word_a_line: bool) -> Sentence:
     words = [word for _, _, parts, _ in group for word in parts]
     tags, wheres = None, [where for where, _, parts, _ in group for _ in parts]
     if group[0][3] is not None:
-        found = [_checked(where, tag) for where, tag in zip(wheres, (tag for *_, parts in group for tag in parts))]
+        given = (tag for *_, parts in group for tag in parts)
+        found = [tag_schemes.checked(where, tag) for where, tag in zip(wheres, given)]
         tags = tuple(convert(found, wheres.__getitem__))
     return Sentence(tuple(words), tags, 0, group[0][0], word_a_line)
 
@@ -144,13 +157,6 @@ def _parts_of(where: str, record: dict[str, Any], name: str) -> list[str]:
     if not isinstance(value, (str, list)) or not all(isinstance(part, str) for part in value):
         raise UserError(f'{where}: {name} is neither a text nor a list of texts.')
     return value.split() if isinstance(value, str) else value
-
-
-def _checked(where: str, tag: str) -> str:
-    if not TAG.fullmatch(tag):
-        raise UserError(f'{where}: {tag!r} is not a tag; O, B-TYPE and I-TYPE are (and E-, S-, L-, U- of iobes); tags '
-                        'without them, such as parts of speech, are not read.')
-    return tag
 
 
 def _from_columns(file: str, word_column: int, tag_column: int, convert: Callable, labelled: bool
@@ -168,7 +174,7 @@ def _from_columns(file: str, word_column: int, tag_column: int, convert: Callabl
                     first = number
                 try:
                     words.append(fields[word_column])
-                    tags.append(_checked(f'{file}:{number}', fields[tag_column]) if labelled else 'O')
+                    tags.append(tag_schemes.checked(f'{file}:{number}', fields[tag_column]) if labelled else 'O')
                 except IndexError as error:
                     raise UserError(f'{file}:{number}: {len(fields)} columns; word_column is {word_column}, '
                                     f'tag_column {tag_column}.') from error
@@ -180,49 +186,6 @@ def _from_columns(file: str, word_column: int, tag_column: int, convert: Callabl
             document += bool(fields)
 
 
-def _parts(tags: Sequence[str]) -> Iterator[tuple[int, str, str, str, str]]:
-    """(position, prefix, type, prefix before, type before) of each tag."""
-    before = ('O', '')
-    for at, tag in enumerate(tags):
-        prefix, _, kind = tag.partition('-')
-        yield at, prefix, kind, *before
-        before = (prefix, kind)
-
-
-def _from_iob1(tags: Sequence[str], where: Callable[[int], str]) -> Iterator[str]:
-    """B- only where an entity follows another of its type."""
-    for at, prefix, kind, before, kind_before in _parts(tags):
-        if prefix not in 'OIB':
-            raise UserError(f'{where(at)}: {tags[at]!r} is not IOB1.')
-        starts = prefix == 'B' or before == 'O' or kind != kind_before
-        yield 'O' if prefix == 'O' else f'{"B" if starts else "I"}-{kind}'
-
-
-def _from_iob2(tags: Sequence[str], where: Callable[[int], str]) -> Iterator[str]:
-    """B- at every entity's first word."""
-    for at, prefix, kind, before, kind_before in _parts(tags):
-        if prefix not in 'OIB' or (prefix == 'I' and (before == 'O' or kind != kind_before)):
-            likely = 'IOB1 (scheme=iob1)' if prefix == 'I' else 'IOBES (scheme=iobes)'
-            raise UserError(f'{where(at)}: {tags[at]!r} is not IOB2 after {tags[at - 1] if at else "nothing"!r}; '
-                            f'is the file {likely}?')
-        yield tags[at]
-
-
-def _from_iobes(tags: Sequence[str], where: Callable[[int], str]) -> Iterator[str]:
-    """E- (L-) at an entity's last word, S- (U-) at its only one."""
-    for at, prefix, kind, before, kind_before in _parts([*tags, 'O']):
-        goes_on = before in 'BI'
-        if (prefix in 'IEL') != goes_on or (goes_on and kind != kind_before):
-            here = repr(tags[at]) if at < len(tags) else "the sentence's end"
-            raise UserError(f'{where(min(at, len(tags) - 1))}: {here} is not IOBES after '
-                            f'{tags[at - 1] if at else "nothing"!r}.')
-        if at < len(tags):
-            yield 'O' if prefix == 'O' else f'{"B" if prefix in "BSU" else "I"}-{kind}'
-
-
-SCHEMES = {'iob1': _from_iob1, 'iob2': _from_iob2, 'iobes': _from_iobes}
-
-
 def with_tags(task: Task, named_by: Sequence[Sentence]) -> Task:
     """A task whose tags are those of `named_by`, B- and I- of each type, O first; checks every tag.
 
@@ -231,8 +194,7 @@ def with_tags(task: Task, named_by: Sequence[Sentence]) -> Task:
     """
     types = sorted({tag[2:] for sentence in named_by for tag in sentence.tags} - {''})
     labels = task.labels or ('O', *(f'{prefix}-{kind}' for kind in types for prefix in 'BI'))
-    if len(set(labels)) < len(labels):
-        raise UserError(f'--config.task.labels: {next(x for x in labels if labels.count(x) > 1)!r} stands twice.')
+    check_different(labels)
     if len(labels) < 2:
         raise UserError(f'{named_by[0].where.rpartition(":")[0]}: no tag but O in it; is tag_column the right one?')
     splits, notes = dict(task.splits), task.notes
@@ -344,38 +306,8 @@ def decode(task: Task, rows: Sequence[Sentence], data: encoded.Encoded, outputs:
         names, values = [task.labels[i] for i in here.argmax(-1)], here.max(-1)
         found.append({'tags': names, 'scores': values.round(6).tolist(), 'entities': [
             entity | {'score': round(float(values[entity['begin']:entity['end']].mean()), 6)}
-            for entity in entities(row.words, names, task.labels)]})
+            for entity in tag_schemes.entities(row.words, names, task.labels)]})
     return found
-
-
-PREFIXED = re.compile(r'([BIESLUM])[-_](.+)')
-LIKE_SEQEVAL = str.maketrans('LUM', 'ESI')
-
-
-def entities(words: Sequence[str], tags: Sequence[str], labels: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Entities as seqeval (conlleval) reads them, of any scheme: IOB1, IOB2, IOBES, BILOU, BMES, also broken ones.
-
-    Where no label begins with B or I and some have no prefix, runs of equal type are entities. Labels without a prefix
-    are types of their own where there is an O (X beside B- and I-); else (parts of speech, LABEL_0) they are none.
-
-    Args:
-      words, tags: of one sentence.
-      labels: all that there are; those of the sentence if not given.
-    """
-    from seqeval.metrics.sequence_labeling import get_entities
-
-    labels = set(labels or tags)
-    prefixed = {label for label in labels if PREFIXED.fullmatch(label)}
-    if not (prefixed == labels - {'O'} or any(label[0] in 'BI' for label in prefixed)):
-        prefixed = set()  # E_MAIL beside PHONE is a type
-
-    def like_seqeval(tag: str) -> str:
-        if tag in prefixed:
-            return f'{tag[0].translate(LIKE_SEQEVAL)}-{tag[2:]}'
-        return f'I-{tag}' if tag != 'O' and 'O' in labels else 'O'
-
-    return [{'type': kind, 'begin': begin, 'end': end + 1, 'text': ' '.join(words[begin:end + 1])}
-            for kind, begin, end in get_entities([*map(like_seqeval, tags)])]
 
 
 def score(task: Task, rows: Sequence[Sentence], outputs: dict[str, np.ndarray], predictions: list[dict[str, Any]]

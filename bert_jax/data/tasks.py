@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from bert_jax import cli
 from bert_jax.cli import UserError, choose, unknown
 from bert_jax.data import choices, glue, spans, tables, tags, texts
 from bert_jax.data.task import Task
@@ -33,6 +32,7 @@ class Kind(NamedTuple):
           baseline(task, rows) -> what can be scored without reading, by the same names
           labelled(rows) -> whether they can be scored
           files(task, split, rows, decoded) -> file name -> content
+          inputs(file, settings) -> the rows of a table that are to be predicted, settings being those of the run's task
           parse(value) -> a row of what `predict` is given; describe(row) -> what is printed beside its prediction
           TOO_LONG: what rows that lost tokens are called
     """
@@ -222,11 +222,9 @@ def read_inputs(file: str, kind: str, settings: dict[str, Any]) -> tuple[list[An
     Raises:
       UserError: as the kind's reader; a line that is no example of the kind.
     """
-    module = KINDS[kind].module if kind in KINDS else texts
-    if module is tags and not tables.is_table(file) and os.path.splitext(file)[1].lower() not in ('', '.txt'):
-        return tags.read(file, *_numbers(settings), 'iob2', labelled=False), 0
-    if tables.is_table(file) or (module is spans and file.endswith('.json')):
-        return _read_columns(file, module, settings), 0
+    module, settings = KINDS[kind].module if kind in KINDS else texts, glue.with_columns(settings)
+    if tables.is_table(file) or (module is tags and os.path.splitext(file)[1].lower() not in ('', '.txt')):
+        return module.inputs(file, settings), 0
     with tables.open_text(file) as lines:
         every = [line.rstrip('\r\n') for line in tables.decoded(file, lines)]
     while every and not every[-1].strip():
@@ -234,65 +232,9 @@ def read_inputs(file: str, kind: str, settings: dict[str, Any]) -> tuple[list[An
     found = [(f'{tables.shown(file)}:{number}', line) for number, line in enumerate(every, 1)
              if line.strip() or module in (texts, tags)]
     rows = [parsed(module, kind, parts_of(line), where) for where, line in found]
-    if module is texts and _pair_column(settings) is not None:
-        _say_tabs(rows, bool(_pair_column(settings)))
+    if module is texts:
+        texts.note_tabs(rows, settings.get('text_pair_column'))
     return rows, len(every) - len(found)
-
-
-def _say_tabs(rows: list[texts.Row], paired: bool) -> None:
-    odd = [row.where for row in rows if row.text.strip() and (row.pair is not None) != paired]
-    if odd:
-        cli.note(f'{len(odd):,} lines have {"no tab" if paired else "a tab"}, the first at {odd[0]}; the model was '
-                 f'fine-tuned on {"pairs, with a tab between them" if paired else "single texts"}.')
-
-
-def _numbers(settings: dict[str, Any]) -> tuple[str, str]:
-    """The columns of a tagger's column file; ('', '') where the run's have names."""
-    found = tuple(settings.get(name, '') for name in ('word_column', 'tag_column'))
-    return ('', '') if tags.is_table('', *found) else found
-
-
-def _pair_column(settings: dict[str, Any]) -> str | None:
-    """Where a task has the second texts, '' for none; None where no task of texts says."""
-    name = settings.get('name', '')
-    return glue.columns(name)[1] if name in glue.LAYOUTS else settings.get('text_pair_column')
-
-
-def _read_columns(file: str, module: Any, settings: dict[str, Any]) -> list[Any]:
-    known = tables.columns(file)
-
-    def column(key: str, *usual: str) -> str:
-        """The column that the run names, if it is there; else a usual one that is."""
-        named = settings.get(key, '')
-        return next((name for name in (named, *usual) if name and name in known), named or usual[0])
-
-    if module is spans:
-        names = ('question', 'passage', 'answer', 'answer_start', 'id')
-        given = {f'{name}_column': column(f'{name}_column', name) for name in names}
-        rows = spans.read(file, labelled=False, **({} if file.endswith('.json') else given))
-        return [dataclasses.replace(row, id='') if row.id == row.where else row for row in rows]
-    if module is tags:
-        words = column('word_column', 'words', 'tokens')
-        if words not in known and file.lower().endswith('.tsv'):  # a word a line
-            return tags.read(file, *_numbers(settings), 'iob2', labelled=False)
-        sentence = settings.get('sentence_column', '')
-        return tags.read(file, words, '', 'iob2', labelled=False, sentence_column=sentence if sentence in known else '')
-    if module is choices:
-        several = settings.get('choice_columns', ())
-        columns = {'context_column': column('context_column', 'context'),
-                   'choice_columns': several if several and set(several) <= set(known) else ('choices',)}
-        form = settings.get('format', 'plain')
-        return choices.read(file, form, labelled=False, **(columns if form == 'plain' else {}))
-    text, pair = glue.columns(settings.get('name', ''))[0] or settings.get('text_column', ''), _pair_column(settings)
-    single = pair == '' and 'text_pair' in known
-    if pair:
-        pair = next((name for name in (pair, 'text_pair') if name in known), pair)
-    elif single and text not in known:  # not laid out as the run's table: as predict says
-        pair = None
-    if single:
-        cli.note(f'{tables.shown(file)}: text_pair is {"read too" if pair is None else "not read"}; the model was '
-                 'fine-tuned on single texts.')
-    return texts.read(file, column('text_column', *filter(None, (text,)), 'text'), pair, '', labelled=False)
 
 
 def parts_of(line: str) -> str | tuple[str, ...]:

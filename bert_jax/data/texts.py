@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import scores
+from bert_jax import cli, scores
 from bert_jax.cli import UserError
 from bert_jax.data import encoded, labels, tables
 from bert_jax.data.task import Task
@@ -50,6 +50,35 @@ def read(file: str, text: str, pair: str | None, label: str, labelled: bool = Tr
     if not rows:
         raise UserError(f'{file}: no rows in it.')
     return rows
+
+
+def inputs(file: str, settings: dict[str, Any]) -> list[Row]:
+    """Rows of a table without labels; of a run with such columns, or the usual ones.
+
+    Second texts are read where the run has pairs. Of a run on single texts a table that is laid out as the run's has
+    none; in another one `text_pair` is read too. Which of them is noted.
+    """
+    known, text, pair = tables.columns(file), settings.get('text_column', ''), settings.get('text_pair_column')
+    single = pair == '' and 'text_pair' in known
+    if pair:
+        pair = tables.chosen(known, pair, 'text_pair')
+    elif single and text not in known:
+        pair = None
+    if single:
+        cli.note(f'{tables.shown(file)}: text_pair is {"read too" if pair is None else "not read"}; the model was '
+                 'fine-tuned on single texts.')
+    return read(file, tables.chosen(known, text, 'text'), pair, '', labelled=False)
+
+
+def note_tabs(rows: Sequence[Row], pair_column: str | None) -> None:
+    """Notes lines with a second text where the run had none (''), or without where it had one; None: no such run."""
+    if pair_column is None:
+        return
+    paired = bool(pair_column)
+    odd = [row.where for row in rows if row.text.strip() and (row.pair is not None) != paired]
+    if odd:
+        cli.note(f'{len(odd):,} lines have {"no tab" if paired else "a tab"}, the first at {odd[0]}; the model was '
+                 f'fine-tuned on {"pairs, with a tab between them" if paired else "single texts"}.')
 
 
 def with_classes(task: Task, named_by: Sequence[Row] = ()) -> Task:
@@ -276,8 +305,7 @@ def labelled(rows: Sequence[Row]) -> bool:
 
 
 def files(task: Task, split: str, rows: Sequence[Row], predictions: list[dict[str, Any]]) -> dict[str, str]:
-    """One TSV: a row's number and place, what is predicted, the label given if any, the text, each label's probability.
-    """
+    """One TSV: a row's number and place, the prediction, the label given if any, the text, each label's probability."""
     pairs = any(row.pair is not None for row in rows)
     lines = [('index', 'where', 'prediction', 'label', 'text', *(['text_pair'] if pairs else []),
               *(f'p({label})' for label in task.labels))]
