@@ -80,7 +80,7 @@ def prepare(args, work):
 
 
 def ours(args):
-    from bert_jax import cli, finetune, flops, train
+    from bert_jax import cli, finetune, train
 
     config = cli.load_config(str(ROOT / 'configs/finetune.py') + ':sst2', [
         f'--config.init_from={args.work}/model', f'--config.task.folder={args.work}', '--config.epochs=1.0', '--config.log_every=1000',
@@ -109,9 +109,8 @@ def ours(args):
 
         finetune._train(job, config, finetune._initial(job, config), checkpoints, epath.Path(folder))
         sys.stdout = stdout
-    sizes, encoder = job.data(config.batch_size)['train'].sizes.astype(float), job.model_config.encoder
-    work = flops.sequence_flops(num_layers=encoder.num_layers, hidden_size=job.model_config.embeddings.hidden_size, mlp_size=encoder.mlp_size,
-                                vocab_size=0, tokens=sizes.sum(), squared_tokens=(sizes**2).sum(), predictions=0)
+    sizes = job.data(config.batch_size)['train'].sizes.astype(float)
+    work = job.model.flops({'tokens': sizes.sum(), 'squared_tokens': (sizes**2).sum()})
     return {'rate': args.examples / seconds[0], 'accuracy': scores['accuracy'], 'work': work}
 
 

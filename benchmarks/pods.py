@@ -20,7 +20,7 @@ LONGEST_COMPILATION = 120  # seconds on two cores
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLISHED = {  # MLPerf v1.0, BERT-large, 64 TPU v4, about 254 real tokens a sequence: sequences/s a chip
     'published': ('v4:4x4x4', ['--config', 'configs/pretrain.py:large,bf16', '--config.phases=((1,256,2048),)', '--config.optimizer.name=lamb',
-                               '--config.model.encoder.unroll=1', '--config.model.encoder.remat=elementwise'], 195)}
+                               '--config.model.run.unroll=1', '--config.model.run.remat=elementwise'], 195)}
 
 
 def main():

@@ -68,7 +68,7 @@ def prepare(args, folder):
 
     import transformers
 
-    from bert_jax import flops
+    from bert_jax.model.transformer import Transformer
 
     config = transformers.BertConfig(num_hidden_layers=args.layers, num_labels=2, vocab_size=len(pathlib.Path(args.vocab).read_text().splitlines()))
     transformers.BertForSequenceClassification(config).save_pretrained(folder / 'hf')
@@ -85,10 +85,9 @@ def prepare(args, folder):
     (folder / 'texts.json').write_text(json.dumps(texts))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / 'hf')
     sizes = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=512)['input_ids']]
-    forward_and_backward = flops.sequence_flops(
-        num_layers=config.num_hidden_layers, hidden_size=config.hidden_size, mlp_size=config.intermediate_size, vocab_size=0,
-        tokens=statistics.mean(sizes), squared_tokens=statistics.mean(size**2 for size in sizes), predictions=0)
-    return forward_and_backward / 3
+    encoder = Transformer(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, 'gelu', 0, 0, 'both', None)
+    return encoder.flops(config.hidden_size, {
+        'tokens': statistics.mean(sizes), 'squared_tokens': statistics.mean(size**2 for size in sizes)})
 
 
 def serve(side, folder):

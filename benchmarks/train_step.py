@@ -55,7 +55,7 @@ def main():
     config.model.encoder.activation = 'gelu'
     config.examples.pack_lengths = max(1, config.examples.pack_lengths) if args.side == 'packed' else 0
     if args.side in ('ours_xla', 'ours_cudnn'):
-        config.model.encoder.attention = args.side.removeprefix('ours_')
+        config.model.run.kernel = args.side.removeprefix('ours_')
     if args.side:
         {'matmul': matmul, 'matmul_torch': matmul_torch}.get(args.side, peer if args.side in PEERS else ours)(args, config)
         return
@@ -102,7 +102,7 @@ def report(args, config, answers):
     of_device = next((turns[0]['peak_tflops'] for turns in answers.values() if turns[0].get('peak_tflops')), None)
     peak, matmuls = max((tflops[name], name) for name in tflops if name.startswith('matmul')), answers['matmul']
     shape = f'{config.model.encoder.num_layers} x {config.model.embeddings.hidden_size}'
-    print(f'{shape}, length {args.length}, batch {args.batch_size}, {config.model.dtype}, dropout '
+    print(f'{shape}, length {args.length}, batch {args.batch_size}, {config.model.run.dtype}, dropout '
           f'{config.model.encoder.dropout_rate:g}, of attention {config.model.encoder.attention_dropout_rate:g}; '
           f'{matmuls[0]["device"]}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}; {", ".join(versions())}')
     print(f'matmul peak measured: {peak[0]:.3f} TFLOP/s ({", ".join(f"{name} {tflops[name]:.3f}" for name in tflops if name.startswith("matmul"))})')
@@ -124,7 +124,7 @@ def report(args, config, answers):
     if args.json:
         with open(args.json, 'a') as file:
             file.write(json.dumps({'arguments': sys.argv[1:], 'shape': shape, 'length': args.length, 'batch_size': args.batch_size,
-                                   'dtype': config.model.dtype, 'matmul_tflops': peak[0], 'device': matmuls[0]['device'],
+                                   'dtype': config.model.run.dtype, 'matmul_tflops': peak[0], 'device': matmuls[0]['device'],
                                    'versions': versions(), 'rows': rows}) + '\n')
 
 
@@ -165,14 +165,11 @@ def contents(config, batch):
     """Examples, real tokens and model FLOPs of a batch; the same for every side."""
     import numpy as np
 
-    from bert_jax import flops
+    from bert_jax.model import model as models
 
-    encoder, embeddings = config.model.encoder, config.model.embeddings
     sizes = np.concatenate([np.bincount(row)[1:] for row in batch['input_mask'] if row.any()]).astype(float)
-    return {'examples': int((sizes > 0).sum()), 'tokens': int(sizes.sum()), 'work': flops.sequence_flops(
-        num_layers=encoder.num_layers, hidden_size=embeddings.hidden_size, mlp_size=encoder.mlp_size,
-        vocab_size=embeddings.vocab_size, tokens=sizes.sum(), squared_tokens=(sizes**2).sum(),
-        predictions=batch['masked_lm_weights'].sum())}
+    return {'examples': int((sizes > 0).sum()), 'tokens': int(sizes.sum()), 'work': models.build(config.model).flops({
+        'tokens': sizes.sum(), 'squared_tokens': (sizes**2).sum(), 'predictions': batch['masked_lm_weights'].sum()})}
 
 
 def serve(args, step, given, facts):
@@ -198,7 +195,7 @@ def most_held():
 def ours(args, config):
     import jax
 
-    from bert_jax import flops, optimizer, partition, train
+    from bert_jax import hardware, optimizer, partition, train
     from bert_jax.data.batches import place
     from bert_jax.model import model as models
 
@@ -209,7 +206,7 @@ def ours(args, config):
     state = train.make_init(model, tx, {name: value[:1] for name, value in first.items()}, mesh)(0)
     hyper = train.as_hyper(1e-4, models.target_weights(config.model), 0)
     step = train.make_train_step(model, tx, mesh, config.accumulation, state)
-    step = step.lower(state, place(first, sharding), hyper).compile()
+    step = step.lower(state, {'text': place(first, sharding)}, hyper).compile()
     memory = {'parameters': sum(x.nbytes for x in jax.tree.leaves(state.params)),
               'optimizer': sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
               'activations and temporaries': step.memory_analysis().temp_size_in_bytes}
@@ -217,10 +214,10 @@ def ours(args, config):
     def run(turn):
         nonlocal state
         for batch in turn:
-            state, metrics = step(state, batch, hyper)
+            state, metrics = step(state, {'text': batch}, hyper)
         jax.block_until_ready((state, metrics))
 
-    peak = flops.peak_flops()
+    peak = hardware.peak_flops()
     serve(args, run, ((place(batch, sharding), contents(config, batch)) for batch in stream),
           {'memory': memory, 'peak_tflops': peak / 1e12 if peak else None})
 
@@ -229,7 +226,7 @@ def matmul(args, config):
     """The machine's best on the model's largest product, [B L, D] x [D, F]; not less than BERT-base's at 16 x 128."""
     import jax
 
-    width, dtype = max(768, config.model.embeddings.hidden_size), config.model.dtype
+    width, dtype = max(768, config.model.embeddings.hidden_size), config.model.run.dtype
     x = jax.random.normal(jax.random.key(0), (max(2048, args.batch_size * args.length), width), dtype)
     kernel = jax.random.normal(jax.random.key(1), (width, 4 * width), dtype)
     times = 200 if jax.default_backend() == 'gpu' else 8
@@ -252,7 +249,7 @@ def matmul_torch(args, config):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision('high')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    width, dtype = max(768, config.model.embeddings.hidden_size), getattr(torch, config.model.dtype if device == 'cuda' else 'float32')
+    width, dtype = max(768, config.model.embeddings.hidden_size), getattr(torch, config.model.run.dtype if device == 'cuda' else 'float32')
     x = torch.randn(max(2048, args.batch_size * args.length), width, device=device).to(dtype)
     kernel, times = torch.randn(width, 4 * width, device=device).to(dtype), 200 if device == 'cuda' else 8
 
@@ -321,7 +318,7 @@ def peer(args, config):
 
     def run(turn):
         for batch in turn:
-            with torch.autocast(device, torch.bfloat16, enabled=config.model.dtype == 'bfloat16'):
+            with torch.autocast(device, torch.bfloat16, enabled=config.model.run.dtype == 'bfloat16'):
                 value = loss(batch)
             value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

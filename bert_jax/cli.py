@@ -62,11 +62,15 @@ RANGES = {'seed': (0, 2**32 - 1), 'log_every': (1, math.inf), 'keep_checkpoints'
 def check_ranges(config: ConfigDict, ranges: dict[str, tuple[float, float]]) -> None:
     """Refuses numbers of a config, by their keys, that are outside [lowest, highest]."""
     for key, (lowest, highest) in ranges.items():
-        value = functools.reduce(lambda node, part: node[part], key.split('.'), config)
-        if not lowest <= value <= highest or math.isinf(value):
-            expected = f'{lowest:g} or more' if highest == math.inf else f'{lowest:g} to {highest:g}'
-            expected = f'{lowest:g} or more, and less than 1,' if highest == BELOW_ONE else expected
-            raise UserError(f'--config.{key}={value}: {expected} is expected.')
+        check_range(key, functools.reduce(lambda node, part: node[part], key.split('.'), config), lowest, highest)
+
+
+def check_range(key: str, value: float, lowest: float, highest: float) -> None:
+    """Refuses a config's number that is outside [lowest, highest]."""
+    if not lowest <= value <= highest or math.isinf(value):
+        expected = f'{lowest:g} or more' if highest == math.inf else f'{lowest:g} to {highest:g}'
+        expected = f'{lowest:g} or more, and less than 1,' if highest == BELOW_ONE else expected
+        raise UserError(f'--config.{key}={value}: {expected} is expected.')
 
 
 def parser(doc: str, **kwargs: Any) -> argparse.ArgumentParser:

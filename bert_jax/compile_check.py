@@ -23,10 +23,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from bert_jax import cli, compiled, distributed, flops, hardware, partition, pretrain, topology
+from bert_jax import cli, compiled, distributed, hardware, partition, pretrain, topology
 from bert_jax.cli import UserError
 from bert_jax.data import masking
-from bert_jax.model import encoders
+from bert_jax.model import model as models
+from bert_jax.model import transformer
 
 VOCAB_SIZE = 30522  # where the config leaves it to the tokenizer
 # (written by benchmarks/pods.py)
@@ -35,7 +36,7 @@ JUDGED = (
     'measured by Google for theirs (MLPerf v1.0), 0.84 of it'
 )
 # (to here)
-REMATS = tuple(encoders.REMAT)  # from what keeps most to what keeps least
+REMATS = tuple(transformer.REMAT)  # from what keeps most to what keeps least
 SEARCHED = ('batch', 'fsdp', 'tensor', 'remat', 'unroll', 'accumulation')
 
 
@@ -121,12 +122,10 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
         (pathlib.Path(text) / f'{length}.txt').write_text(step.compiled.as_text())
     known, count = hardware.of(devices[0]), len(devices)
     estimate = compiled.estimate_step(step.program, known, step.mesh)
-    encoder, embeddings = config.model.encoder, config.model.embeddings
     row = length * max(1, config.examples.pack_lengths)  # full, of full examples: what the program is made for
-    work = batch_size * flops.sequence_flops(
-        num_layers=encoder.num_layers, hidden_size=embeddings.hidden_size, mlp_size=encoder.mlp_size,
-        vocab_size=embeddings.vocab_size, tokens=row, squared_tokens=row * length,
-        predictions=masking.max_predictions(row, config.examples.mask_rate))
+    work = batch_size * models.build(config.model).flops(
+        {'tokens': row, 'squared_tokens': row * length, 'examples': row / length,
+         'predictions': masking.max_predictions(row, config.examples.mask_rate)})
     seconds = estimate['seconds']
     return {
         'device': devices[0].device_kind, 'devices': count, 'chips': count // known.per_chip,
@@ -153,7 +152,7 @@ def _too_much(error: Exception) -> str:
 
 def _what_fits(config: ConfigDict, devices: list[jax.Device], length: int, batch_size: int) -> str:
     """The nearest setting that fits, found by compiling, from what costs least to what costs most."""
-    remats = REMATS[REMATS.index(config.model.encoder.remat) + 1:]
+    remats = REMATS[REMATS.index(config.model.run.remat) + 1:]
     last = {'remat': REMATS[-1]}
     fsdp, tensor = _split(config)
     most = len(devices) // len({getattr(device, 'slice_index', 0) for device in devices}) // tensor
@@ -168,7 +167,7 @@ def _what_fits(config: ConfigDict, devices: list[jax.Device], length: int, batch
             compiled.compile_step(_changed(config, setting), devices, length, setting.get('batch', batch_size))
         except (jax.errors.JaxRuntimeError, UserError):
             continue
-        keys = {'remat': '--config.model.encoder.remat={}', 'accumulation': '--config.accumulation={}',
+        keys = {'remat': '--config.model.run.remat={}', 'accumulation': '--config.accumulation={}',
                 'fsdp': f"'--config.mesh=(-1,{{}},{tensor})'",
                 'batch': f'and a batch of {{}} instead of {batch_size:,}'}
         return 'This fits: ' + ' '.join(keys[key].format(value) for key, value in setting.items()) + '.'
@@ -185,7 +184,7 @@ def _changed(config: ConfigDict, setting: dict[str, Any]) -> ConfigDict:
     changed = config.copy_and_resolve_references()
     for key, value in setting.items():
         if key in ('remat', 'unroll'):
-            changed.model.encoder[key] = value
+            changed.model.run[key] = value
         elif key == 'accumulation':
             changed.accumulation = value
     if 'fsdp' in setting or 'tensor' in setting:

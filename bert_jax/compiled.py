@@ -46,7 +46,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
     step = train.make_train_step(model, tx, mesh, config.accumulation, state)
     hyper = train.as_hyper(0.0, models.target_weights(config.model), 0)
     start = time.perf_counter()
-    compiled = step.lower(state, batch, hyper).compile()
+    compiled = step.lower(state, {'text': batch}, hyper).compile()
     seconds = time.perf_counter() - start
     kept = _kept(model, state.params, _shapes(config, batch_size // config.accumulation, length))
     return Step(compiled, hlo.Program(compiled.as_text()), state, mesh, seconds, kept)
@@ -279,7 +279,7 @@ def findings(step: Step, config: ConfigDict, length: int, batch_size: int) -> di
                     whole.add(f'{array.dtype}{list(array.dims)} {instruction.path}')
             if instruction.opcode in ('dot', 'convolution') and '/encoder/' in instruction.path:
                 inputs = step.program.inputs(computation, instruction)
-                if config.model.dtype == 'bfloat16' and all(array.dtype == 'f32' for array in inputs):
+                if config.model.run.dtype == 'bfloat16' and all(array.dtype == 'f32' for array in inputs):
                     float32.add(instruction.path)
     often = [f'{row["kind"]} over {row["axes"]}, {row["bytes"] / 1e6:,.1f} MB' for row in collectives(step)
              if config.accumulation > 1 and row['in_loop'] and row['axes'] != 'tensor'

@@ -10,28 +10,29 @@ import numpy as np
 from bert_jax import partition
 from bert_jax.data.batches import Batch, place, share
 from bert_jax.data.encoded import Encoded
-from bert_jax.metrics import merge
+from bert_jax.metrics import flat, merge
 
 
 def make_eval_step(model: nn.Module, mesh: jax.sharding.Mesh) -> Callable:
-    """Jitted (params, batch) -> (outputs, losses) of every target, without dropout."""
+    """Jitted (params, batch) -> (outputs, losses) of every target of fine-tuning, without dropout."""
 
     def eval_step(params: Any, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
         with partition.logical_axes(mesh):
             outputs = model.apply({'params': params}, batch, train=False)
-            losses = {name: target.losses(outputs[name], batch) for name, target in model.targets.items()}
+            losses = {name: target.terms(outputs[name], batch) for name, target in model.targets.items()}
         return outputs, losses
 
     return jax.jit(eval_step)
 
 
-def make_loss_step(model: nn.Module, mesh: jax.sharding.Mesh) -> Callable:
-    """Jitted (params, batch) -> losses; outputs are never kept."""
+def make_loss_step(model: nn.Module, mesh: jax.sharding.Mesh, annotate: Callable[[Any, Batch], Batch] | None = None
+                   ) -> Callable:
+    """Jitted (params, batch[, fixed]) -> losses; outputs are never kept; annotate and fixed as in train_step."""
 
-    def loss_step(params: Any, batch: Batch) -> dict[str, Any]:
+    def loss_step(params: Any, batch: Batch, fixed: Any = None) -> dict[str, Any]:
         with partition.logical_axes(mesh):
-            losses = model.apply({'params': params}, batch, train=False, method='losses')
-        return {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
+            batch = annotate(fixed, batch) if annotate else batch
+            return flat(model.apply({'params': params}, batch, train=False, method='losses'))
 
     return jax.jit(loss_step)
 

@@ -97,7 +97,7 @@ def _write(model: Pretrained, target: str, lengths: list[int], folder: pathlib.P
 def program(model: Pretrained, target: str) -> Callable[[dict[str, jax.Array], dict[str, jax.Array]], jax.Array]:
     """(weights, batch) -> logits float32, of one target, the vocabulary's padding added and cut inside."""
     described, vocab_size = model.model.copy_and_resolve_references(), model.tokenizer.vocab_size
-    described.encoder.attention = 'xla'  # one program for every platform
+    described.run.kernel = 'xla'  # one program for every platform
     module = models.build(described)
 
     def run(weights: dict[str, jax.Array], batch: dict[str, jax.Array]) -> jax.Array:

@@ -34,6 +34,7 @@ from bert_jax.data import encoded, store, tasks, texts
 from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
 from bert_jax.model import model as models
+from bert_jax.model.parts import Read
 from bert_jax.weights import Pretrained
 
 ENDINGS = {'safetensors': 'safetensors', 'hdf5': 'h5', 'jsonl': 'jsonl'}
@@ -135,14 +136,16 @@ class Extractor:
         self.step, self.task = model.about.get('step'), model.about.get('config', {}).get('task', {})
         self.model = _identity(model)
         self.truncated = 0
-        combine = {name: _layer(name, count) for name in layers}
+        combine = {name: _layer(name, count) for name in layers}  # name -> (what it reads, what it makes of that)
         self._config = config = model.model.copy_and_resolve_references()
-        config.encoder.layer_outputs, config.targets = ('hidden',), {}
-        module, params = models.build(config), {part: model.params[part] for part in ('embeddings', 'encoder')}
+        config.targets = {}
+        reads = tuple({read for wanted, _ in combine.values() for read in wanted})
+        module, params = models.build(config, reads), {part: model.params[part] for part in ('embeddings', 'encoder')}
 
         def run(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            hidden = module.apply({'params': params}, batch, train=False, method='encode').layers['hidden']
-            made = {name: take(hidden).astype(jnp.float32) for name, take in combine.items()}       # [B, L, W]
+            found = module.apply({'params': params}, batch, train=False, method='encode').layers
+            made = {name: make([found[read] for read in reads]).astype(jnp.float32)                 # [B, L, W]
+                    for name, (reads, make) in combine.items()}
             mask = batch['input_mask'][..., None]
             if pool == 'cls':
                 return {name: x[:, 0] for name, x in made.items()}
@@ -176,18 +179,19 @@ def _identity(model: Pretrained) -> str:
     return digest.hexdigest()[:16]
 
 
-def _layer(name: str, count: int) -> Callable[[jax.Array], jax.Array]:
-    """hidden [N + 1, B, L, D] -> [B, L, W]."""
+def _layer(name: str, count: int) -> tuple[tuple[Read, ...], Callable[[list[jax.Array]], jax.Array]]:
+    """What is read of the encoder, and what [B, L, W] is made of those arrays [B, L, D]."""
+    last4 = tuple(('hidden', layer) for layer in (-4, -3, -2, -1))
     if name == 'embeddings':
-        return lambda hidden: hidden[0]
+        return (('hidden', 0),), lambda found: found[0]
     if name in ('sum4', 'concat4') and count < 4:
         raise UserError(f'--layers {name}: the model has {count} layers.')
     if name == 'sum4':
-        return lambda hidden: hidden[-4:].sum(0)
+        return last4, lambda found: jnp.stack(found).sum(0)
     if name == 'concat4':
-        return lambda hidden: jnp.concatenate(list(hidden[-4:]), -1)
+        return last4, lambda found: jnp.concatenate(found, -1)
     if re.fullmatch('-?[0-9]+', name) and 1 <= abs(int(name)) <= count:
-        return lambda hidden: hidden[int(name)]
+        return (('hidden', int(name)),), lambda found: found[0]
     raise UserError(f'--layers {name}: embeddings, 1 to {count}, -1 to -{count}, sum4 and concat4 are known.')
 
 

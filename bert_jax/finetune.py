@@ -27,12 +27,11 @@ from bert_jax import (
     checkpoint,
     cli,
     evaluate,
-    metrics,
-    optimizer,
     partition,
     paths,
     plots,
     pretrained,
+    run,
     sweep,
     train,
     workdir,
@@ -41,7 +40,6 @@ from bert_jax.cli import UserError, unknown
 from bert_jax.data import batches, encoded, examples, glue, packed, tasks
 from bert_jax.data.task import Task, identity
 from bert_jax.model import model as models
-from bert_jax.model.heads import HEADS
 from bert_jax.weights import Pretrained
 
 
@@ -75,14 +73,14 @@ def finetune(config: ConfigDict, path: str) -> dict[str, float]:
         raise UserError(f'{path}: holds {what}; give another --workdir.')
     if len(runs) == 1:
         workdir.check(path)
-        return run(Job(runs[0].config, read_task(config)), runs[0].config, path)
+        return train_task(Job(runs[0].config, read_task(config)), runs[0].config, path)
     with workdir.opened_sweep(path):
         task = read_task(config)
         for one in runs:  # also of those that are finished, and read no data any more
             with one.config.unlocked():
                 one.config.data = ConfigDict(identity(task))
         check_sources(runs, task)
-        return sweep.run_all(config, path, runs, functools.partial(Job, task=task), run)
+        return sweep.run_all(config, path, runs, functools.partial(Job, task=task), train_task)
 
 
 LOWER_IS_BETTER = ('loss', 'mse')
@@ -114,8 +112,8 @@ class Job:
       encoded: split -> its examples as ids, a row each.
       packed: whether several of them share a row.
       model_config: the checkpoint's embeddings and encoder, this task's target.
-      init: seed -> a fresh state.
-      step, eval_step: jitted.
+      run: the model in training.
+      eval_step: jitted.
     """
 
     def __init__(self, config: ConfigDict, task: Task) -> None:
@@ -123,8 +121,8 @@ class Job:
         self.source: Pretrained = pretrained.load(config.init_from)
         self.frozen = frozen_parts(config, task)
         self.model_config = describe_model(config, self.source, task)
-        self.mesh = partition.make_mesh(config.mesh)
-        self.packed = config.packed and HEADS[self.kind.target].uses_pooled
+        self.model = models.build(self.model_config)
+        self.packed = config.packed and 'pooled' in self.model.targets[self.kind.target].reads
         self.encoded = self._encode(config)
         pretrained.check_segments(self.source.model, self.encoded.values())
         self._data: dict[int, dict[str, encoded.Encoded]] = {}
@@ -132,21 +130,15 @@ class Job:
         if config.batch_size > most:
             raise UserError(f'--config.batch_size={config.batch_size}: at most {most:,} are expected for '
                             f'{len(self.encoded["train"]):,} training examples.')
-        self._multiple = partition.data_devices(self.mesh) * config.accumulation
+        self.run = run.assemble(config, self.model, self.encoded['train'].make(np.arange(1), 1), self.frozen)
+        self._multiple = partition.data_devices(self.run.mesh) * config.accumulation
         data = self.data(config.batch_size)
         _print_task(config, self.task, self.kind.module.TOO_LONG, data)
         seen = pretrained.longest_seen(self.source)
         if 0 < seen < self.encoded['train'].longest.max():
             cli.note(f'{config.init_from} was trained on up to {seen} tokens; the positions after that are random. '
                      f'--config.max_length={seen} stays within them.')
-        self.model = models.build(self.model_config)
-        self.tx = optimizer.make_optimizer(**config.optimizer)
-        example = data['train'].make(np.arange(1), config.batch_size)
-        self.init = train.make_init(self.model, self.tx, example, self.mesh, self.frozen)
-        state = jax.eval_shape(lambda: self.init(0))
-        self.step = train.make_train_step(self.model, self.tx, self.mesh, config.accumulation, state,
-                                          self.frozen)
-        self.eval_step = evaluate.make_eval_step(self.model, self.mesh)
+        self.eval_step = evaluate.make_eval_step(self.model, self.run.mesh)
         if config.best:
             self._check_best(config)
 
@@ -165,7 +157,7 @@ class Job:
         splits = [split for split in self.encoded if split.startswith('dev')]
         if split not in splits:
             raise UserError(f'--config.best={config.best}: SPLIT/SCORE is expected, SPLIT one of {", ".join(splits)}.')
-        values = _score(self, split, config.batch_size, 0, self.init(config.seed).params)
+        values = _score(self, split, config.batch_size, 0, self.run.init(config.seed).params)
         if score not in values:
             raise unknown('score for --config.best', config.best, (f'{split}/{name}' for name in values))
 
@@ -202,26 +194,21 @@ def describe_model(config: ConfigDict, pretrained_model: Pretrained, task: Task)
                         f'({source.embeddings.max_length}).')
     options = options | ({'dropout_rate': config.dropout_rate} if target != 'span' else {})
     targets = {target: {'weight': 1.0, **options}}
-    model = ConfigDict({'embeddings': source.embeddings, 'encoder': source.encoder, 'dtype': config.dtype,
+    run = {'dtype': config.dtype, 'kernel': source.run.kernel, 'remat': config.remat,
+           'unroll': 1}  # a loop over the layers: as fast, and compiled in a quarter of the time
+    model = ConfigDict({'embeddings': source.embeddings, 'encoder': source.encoder, 'run': run,
                         'targets': targets}).copy_and_resolve_references()
-    model.encoder.unroll = 1  # a loop over the layers: as fast, and compiled in a quarter of the time
-    model.encoder.remat = config.remat
-    model.embeddings.dropout_rate = 0.0 if 'embeddings' in frozen else config.dropout_rate
-    model.encoder.dropout_rate = 0.0 if 'encoder' in frozen else config.dropout_rate
-    model.encoder.attention_dropout_rate = model.encoder.dropout_rate
-    if 'features' in options:
-        needed = {'second_to_last': 2, 'sum_last4': 4, 'concat_last4': 4}.get(options['features'], 1)
-        if source.encoder.num_layers < needed:
-            raise UserError(f'--config.task.features={options["features"]}: {config.init_from} has '
-                            f'{source.encoder.num_layers} layers, {needed} or more are needed.')
-        model.encoder.layer_outputs = ('hidden',)
+    for part in ('embeddings', 'encoder'):
+        for key in model[part]:
+            if key.endswith('dropout_rate'):
+                model[part][key] = 0.0 if part in frozen else config.dropout_rate
     return model
 
 
-def run(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
+def train_task(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     """One run in its own workdir; returns the scores of its best checkpoint."""
     if not job.packed:
-        examples.check_batch_size(config.batch_size, partition.data_devices(job.mesh), config.accumulation)
+        examples.check_batch_size(config.batch_size, partition.data_devices(job.run.mesh), config.accumulation)
     with config.unlocked():
         config.model, config.data = job.model_config, ConfigDict(identity(job.task))
     with workdir.opened(path, config, job.source.tokenizer) as folder:
@@ -253,7 +240,7 @@ def _keep_labels(folder: epath.Path, labels: tuple[str, ...]) -> None:
 
 def _initial(job: Job, config: ConfigDict) -> train.TrainState:
     """The pre-trained weights, under their own head or a fresh one; with from_scratch, nothing but fresh ones."""
-    state = job.init(config.seed)
+    state = job.run.init(config.seed)
     if config.from_scratch:
         return state
     fresh = () if _keeps_head(job, config) else ('targets_',)
@@ -293,22 +280,13 @@ def _train(job: Job, config: ConfigDict, state: train.TrainState, checkpoints: c
     data = job.data(config.batch_size)['train']
     every = max(1, data.steps(config.batch_size) // config.evals_per_epoch)
     num_steps = max(1, round(data.steps(config.batch_size) * config.epochs))
-    start = int(state.step)
-    if start:
-        print(f'{folder}: resuming at step {start} of {num_steps}.')
-    rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
-    weights = models.target_weights(config.model)
-    writer = metrics.Writer(folder, start)
-    placed = batches.placed_ahead(_batches(config, data, start, num_steps), partition.batch_sharding(job.mesh))
+    schedule = train.Schedule(num_steps, config.log_every, every, every, tuple(range(every, num_steps, every)))
     scored = {split: functools.partial(_score, job, split, config.batch_size) for split in job.encoded
               if split.startswith('dev')}
-    state = train.fit(
-        state, job.step, placed, num_steps=num_steps, hyper=lambda s: train.as_hyper(rate(s), weights, config.seed),
-        log_every=config.log_every, save_every=every, eval_every=every, evaluators=scored, checkpoints=checkpoints,
-        writer=writer, phase_ends=tuple(range(every, num_steps, every)),
+    return run.fit(
+        job.run, config, state, lambda start: _batches(config, data, start, num_steps), schedule, folder, checkpoints,
+        evaluators=scored,
         rates=lambda done, values, per_second: {'examples_per_second': per_second * config.batch_size})
-    writer.close()
-    return state
 
 
 def _batches(config: ConfigDict, data: encoded.Encoded, start: int, stop: int) -> Iterator[batches.Batch]:
@@ -336,8 +314,7 @@ def _score(job: Job, split: str, batch_size: int, step: int, params: Any) -> dic
 
 def _outputs(job: Job, split: str, params: Any, batch_size: int) -> tuple[dict[str, Any], float]:
     """The target's outputs for every example of a split, and the mean loss."""
-    sharding = partition.batch_sharding(job.mesh)
-    return evaluate.predict(lambda batch: job.eval_step(params, batches.place(batch, sharding)),
+    return evaluate.predict(lambda batch: job.eval_step(params, batches.place(batch, job.run.sharding)),
                             job.data(batch_size)[split], batch_size, job.kind.target)
 
 

@@ -63,3 +63,9 @@ def memory_bytes(device: jax.Device) -> float | None:
         stats = {}
     known = of(device)
     return stats.get('bytes_limit') or (known.memory_gib * 2**30 if known else None)
+
+
+def peak_flops() -> float | None:
+    """The devices' bf16 peak in FLOP/s, all together; None where it is not known."""
+    known = of(jax.devices()[0])
+    return known.peak_tflops * 1e12 * jax.device_count() if known else None

@@ -210,6 +210,7 @@ def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> N
       name: the model's name in its card.
       licence: the licence field of the card, an identifier of the hub.
     """
+    weights.check_is_bert(model, 'a Hugging Face folder')
     heads = tuple(head for head in weights.HEADS if head in model.model.targets)
     if heads not in ARCHITECTURES:
         raise UserError(f'No class of transformers has the heads {", ".join(heads)} together.')

@@ -46,6 +46,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> d
     return {'loss': Mean.of(nll, weights), 'accuracy': Mean.of(right >= best, weights)}
 
 
+def flat(losses: Mapping[str, Mapping[str, Mean]]) -> dict[str, Mean]:
+    """{'target/term': mean}."""
+    return {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
+
+
 def merge(means: list[dict[str, Mean]]) -> dict[str, float]:
     """The values of a list of metric dicts (already on the host), summed in float64."""
     merged = {}

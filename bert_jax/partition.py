@@ -108,14 +108,19 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """The sharding of every array of a state (parameters, optimizer state, step), by its path.
 
     Raises:
-      UserError: `tensor` does not divide a dimension it splits; a rule for it matches nothing.
+      UserError: `tensor` does not divide a dimension it splits, or splits nothing of the encoder.
     """
     names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    for pattern, _ in TENSOR_RULES:
-        if mesh.shape['tensor'] > 1 and not any(re.search(pattern, name) for name in names):
-            raise UserError(f'mesh with tensor = {mesh.shape["tensor"]}: the rule {pattern!r} matches no '
-                            'parameter of this model; give partition.TENSOR_RULES one that does, or tensor = 1.')
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh)), state)
+    encoder = [name for name in names if 'encoder/' in name]
+    if mesh.shape['tensor'] > 1 and not any(re.search(rule, name) for rule, _ in TENSOR_RULES for name in encoder):
+        raise UserError(f'mesh with tensor = {mesh.shape["tensor"]}: no rule of partition.TENSOR_RULES matches a '
+                        'parameter of this encoder, which would lie whole on every device; take tensor = 1.')
+    return shardings(state, mesh)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every array of a tree of parameters, by its path: a teacher's, say."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh)), tree)
 
 
 def gathered(params: Any, mesh: Mesh) -> Any:

@@ -41,7 +41,6 @@ from bert_jax.data import packed, tables, tasks, texts
 from bert_jax.data import tokenizer as tokenizers
 from bert_jax.data.task import Task
 from bert_jax.model import model as models
-from bert_jax.model.heads import HEADS
 from bert_jax.weights import Pretrained
 
 MASK = '[MASK]'
@@ -72,6 +71,7 @@ class Predictor:
         threshold = source.about.get('scores', {}).get('dev/null_threshold', 0.0)
         self._settings = SPANS | {key: value for key, value in task.items() if key in SPANS}
         self._settings |= {'null_threshold': threshold, 'document_context': False}
+        self._pools = 'pooled' in models.build(self._config).targets[self.target].reads
         self._apply = self._jitted()
         self._module = tasks.KINDS[self.kind].module if self.target in KIND_OF_TARGET else texts
 
@@ -116,7 +116,7 @@ class Predictor:
         data = module.encode(task, rows, self._tokenizer, self._max_length, lengths(self._max_length))
         self.truncated += data.truncated
         pretrained.check_segments(self._config, [data])
-        if HEADS[self.target].uses_pooled:
+        if self._pools:
             data = packed.pack_into(data, data.lengths, batch_size)
         outputs, _ = evaluate.predict(lambda batch: (apply(self._params, batch), {}), data, batch_size, self.target)
         found = module.decode(task, rows, data, outputs)

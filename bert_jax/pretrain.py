@@ -7,11 +7,10 @@ command, it resumes exactly. The workdir alone is enough to fine-tune or predict
 """
 
 import collections
-import contextlib
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +22,12 @@ from bert_jax import (
     cli,
     distributed,
     evaluate,
-    flops,
-    metrics,
-    optimizer,
+    hardware,
     partition,
     paths,
     plots,
     pretrained,
+    run,
     startup,
     train,
     workdir,
@@ -66,42 +64,31 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
     set_vocab_size(config.model, tokenizer.vocab_size)
     with config.unlocked():
         config.store_hash = ','.join(data.info['sha256'] for data in stores)  # their paths differ from host to host
-    model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
-    example = examples.empty(1, config.phases[0][1], **config.examples)
-    mesh = partition.make_mesh(config.mesh, train.state_shapes(model, tx, example), accumulation=config.accumulation)
-    check_batches(config, mesh)
+    model = models.build(config.model)
+    assembled = run.assemble(config, model, examples.empty(1, config.phases[0][1], **config.examples))
+    check_batches(config, assembled.mesh)
     source = load_checkpoint(config, tokenizer) if config.init_from else None
     phases = make_phases(config.phases)
     streams = {phase.max_length: examples.mixed([data.train for data in stores], tokenizer, config.seed,
                                                 phase.max_length, **config.examples) for phase in phases}
-    evaluators = {name: make_evaluator(config, data, model, mesh, phases)
+    evaluators = {name: make_evaluator(config, data, model, assembled.mesh, phases)
                   for name, data in zip(held_out_names(stores), stores)} if config.eval_examples else {}
     with workdir.opened(path, config, tokenizer) as folder:  # nothing is written before all is checked
         clock.done('data')
-        state = train.make_init(model, tx, example, mesh)(config.seed)
+        state = assembled.init(config.seed)
         if source is not None:
             state = state.replace(params=checkpoint.warm_start(state.params, source))
             del source
         checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
         state = checkpoints.resume(state)
         clock.done('restore')
-        start, num_steps = int(state.step), phases[-1].stop
-        if start:
-            print(f'{path}: resuming at step {start} of {num_steps}.')
-        step = clock.first(train.make_train_step(model, tx, mesh, config.accumulation, state))
-        rate = functools.partial(optimizer.learning_rate, num_steps=num_steps, **config.schedule)
-        weights = models.target_weights(config.model)
-        writer = metrics.Writer(folder, start)
-        sharding = partition.batch_sharding(mesh)
-        with contextlib.closing(phase_batches(config, phases, streams, start, sharding)) as made:
-            train.fit(
-                state, step, distributed.watched(batches.placed_ahead(made, sharding)), num_steps=num_steps,
-                hyper=lambda s: train.as_hyper(rate(s), weights, config.seed), log_every=config.log_every,
-                save_every=config.save_every, eval_every=config.eval_every, evaluators=evaluators,
-                checkpoints=checkpoints, writer=writer, phase_ends=tuple(phase.stop for phase in phases), stop=stop,
-                rates=functools.partial(rates, config, phases))
-        writer.close()
-        results = checkpoints.scores(num_steps)
+        schedule = train.Schedule(phases[-1].stop, config.log_every, config.save_every, config.eval_every,
+                                  phase_ends=tuple(phase.stop for phase in phases))
+        run.fit(assembled, config, state,
+                lambda start: phase_batches(config, phases, streams, start, assembled.sharding), schedule, folder,
+                checkpoints, step=clock.first(assembled.step), evaluators=evaluators, stop=stop,
+                rates=functools.partial(rates, model, phases))
+        results = checkpoints.scores(schedule.num_steps)
         if jax.process_index() == 0:
             paths.write_json(folder / 'results.json', results)
             plots.curves(folder)
@@ -111,8 +98,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
 
 RANGES = {'save_every': (1, math.inf), 'eval_every': (1, math.inf), 'eval_examples': (0, math.inf),
           'eval_batch_size': (1, math.inf), 'examples.pack_lengths': (0, 16),
-          'examples.mask_rate': (0.001, 1), 'examples.short_rate': (0, 1), 'model.embeddings.dropout_rate': (0, 0.99),
-          'model.encoder.dropout_rate': (0, 0.99), 'model.encoder.attention_dropout_rate': (0, 0.99)}
+          'examples.mask_rate': (0.001, 1), 'examples.short_rate': (0, 1)}
 
 
 LARGEST_BATCH = 1 << 20  # rows; a mistyped size would fill the memory before anything is said
@@ -220,9 +206,16 @@ def check(config: ConfigDict) -> None:
     if settings.pairing != 'single' and config.model.embeddings.num_segments < 2:
         raise UserError(f'pairing={settings.pairing} makes pairs, but model.embeddings.num_segments is '
                         f'{config.model.embeddings.num_segments}: 2 or more are needed.')
-    if 'nsp' in config.model.targets and settings.pairing == 'single':
+    targets = config.model.targets
+    if 'nsp' in targets and settings.pairing == 'single':
         raise UserError('pairing=single makes no sentence pairs, but the target nsp needs them; '
                         'use configs/pretrain.py:SIZE,no_nsp.')
+    if 'mlm' in targets and settings.masking == 'none':
+        raise UserError('masking=none hides no token, but the target mlm predicts hidden ones; '
+                        '--config.examples.masking=token fits.')
+    if 'lm' in targets and settings.masking != 'none':
+        raise UserError(f'masking={settings.masking} hides tokens, but the target lm predicts the text as it stands; '
+                        '--config.examples.masking=none fits.')
 
 
 def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -258,7 +251,7 @@ def make_evaluator(config: ConfigDict, data: store.Store, model: models.Model, m
         source = examples.mixed([data.held_out], data.tokenizer, examples.EVALUATION_SEED, length, **settings)
         count = min(config.eval_examples, source.epoch_size)
         made = [source.evaluation_batch(number, batch_size, count) for number in range(-(-count // batch_size))]
-        return made, unigram_model(data, made)
+        return made, unigram_model(data, made, config.model.targets)
 
     def evaluator(step: int, params: Any) -> dict[str, float]:
         made, unigram = held_out(phase_at(phases, step - 1).max_length)
@@ -269,25 +262,39 @@ def make_evaluator(config: ConfigDict, data: store.Store, model: models.Model, m
     return evaluator
 
 
-def unigram_model(data: store.Store, made: list[batches.Batch]) -> dict[str, float]:
-    """What knowing the training side's token frequencies alone (plus one) would score on the held-out masks."""
-    counts = data.train.unigrams(data.tokenizer.vocab_size) + 1
-    answers = np.concatenate([batch['masked_lm_ids'][batch['masked_lm_weights'] > 0] for batch in made])
-    losses = np.log(counts.sum()) - np.log(counts[answers])
-    return {'mlm/unigram_loss': float(losses.mean()),
-            'mlm/unigram_accuracy': float((answers == counts.argmax()).mean())}
+def unigram_model(data: store.Store, made: list[batches.Batch], targets: Iterable[str]) -> dict[str, float]:
+    """What knowing the training side's token frequencies alone (plus one) would score on the held-out answers."""
+    found = {}
+    for target in targets:
+        if target not in ANSWERS:
+            continue
+        answers = np.concatenate([ANSWERS[target](batch) for batch in made])
+        counts, ends = data.train.unigrams(data.tokenizer.vocab_size) + 1, answers == data.tokenizer.sep_id
+        counts[data.tokenizer.sep_id] += round(counts.sum() * ends.mean() / (1 - ends.mean()))  # no store holds it
+        losses = np.log(counts.sum()) - np.log(counts[answers])
+        found |= {f'{target}/unigram_loss': float(losses.mean()),
+                  f'{target}/unigram_accuracy': float((answers == counts.argmax()).mean())}
+    return found
 
 
-def rates(config: ConfigDict, phases: list[Phase], step: int, values: dict[str, float], per_second: float
+def _masked(batch: batches.Batch) -> np.ndarray:
+    return batch['masked_lm_ids'][batch['masked_lm_weights'] > 0]
+
+
+def _next(batch: batches.Batch) -> np.ndarray:
+    real = (batch['input_mask'] > 0) & (batch['is_real_example'] > 0)[:, None]
+    return batch['input_ids'][:, 1:][real[:, 1:]]
+
+
+ANSWERS = {'mlm': _masked, 'lm': _next}  # the tokens that a target predicts
+
+
+def rates(model: models.Model, phases: list[Phase], step: int, values: dict[str, float], per_second: float
           ) -> dict[str, float]:
     """Examples and real tokens/s, model TFLOP/s, MFU where the peak is known, minutes left."""
-    phase, encoder = phase_at(phases, step - 1), config.model.encoder
+    phase = phase_at(phases, step - 1)
     rows = per_second * phase.batch_size
-    work = rows * flops.sequence_flops(
-        num_layers=encoder.num_layers, hidden_size=config.model.embeddings.hidden_size, mlp_size=encoder.mlp_size,
-        vocab_size=config.model.embeddings.vocab_size, tokens=values['tokens'],
-        squared_tokens=values['squared_tokens'], predictions=values['predictions'])
-    peak = flops.peak_flops()
+    work, peak = rows * model.flops(values), hardware.peak_flops()
     return {'sequences_per_second': rows * values['examples'], 'tokens_per_second': rows * values['tokens'],
             'model_tflops_per_second': work / 1e12, 'minutes_left_of_phase': (phase.stop - step) / per_second / 60,
             **({'mfu': work / peak} if peak else {})}

@@ -17,8 +17,6 @@ from bert_jax.data import tokenizer as tokenizers
 from bert_jax.weights import Pretrained
 
 HUB_NAME = re.compile(r'[\w.-]+(/[\w.-]+)?')
-ARCHITECTURE = (('embeddings', ('name', 'vocab_size', 'hidden_size', 'max_length', 'num_segments')),
-                ('encoder', ('name', 'num_layers', 'num_heads', 'mlp_size', 'activation')))
 
 
 def load(path: str | os.PathLike) -> Pretrained:
@@ -46,7 +44,7 @@ def load(path: str | os.PathLike) -> Pretrained:
 
 def _load_workdir(path: str) -> Pretrained:
     config = workdir.read_config(path)
-    config.model.encoder.attention = 'auto'  # the kernel is a matter of the machine, not of the model
+    config.model.run.kernel = 'auto'  # a matter of the machine, not of the model
     tokenizer, entries = tokenizers.load(path), config.model.embeddings.vocab_size
     if tokenizer.vocab_size != entries:
         raise UserError(f'{path}: its tokenizer has {tokenizer.vocab_size} entries, but its embedding table {entries} '
@@ -127,8 +125,8 @@ def check_fits(model: ConfigDict, source: Pretrained, path: str) -> None:
       UserError: sizes, positions or activation differ.
     """
     different = [f'{part}.{key} is {source.model[part].get(key)!r} there, {model[part].get(key)!r} in the config'
-                 for part, keys in ARCHITECTURE for key in keys
-                 if source.model[part].get(key) != model[part].get(key)]
+                 for part in ('embeddings', 'encoder') for key in {**source.model[part], **model[part]}
+                 if not key.endswith('dropout_rate') and source.model[part].get(key) != model[part].get(key)]
     if different:
         raise UserError(f'{path} is another architecture: {"; ".join(different)}. '
                         '--config.model.PART.KEY=VALUE changes the config.')

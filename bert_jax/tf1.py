@@ -93,6 +93,7 @@ def _get(prefix: str, reader: tf_bundle.Reader, name: str) -> np.ndarray:
 
 def write(model: Pretrained, folder: pathlib.Path) -> None:
     """Writes a folder with the original code's variable names; notes what has no counterpart there."""
+    weights.check_is_bert(model, 'the original code')
     if model.tokenizer.kind != 'wordpiece':
         cli.note('the original code reads vocab.txt only; tokenizer.model stands in its place.')
     activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}.get(model.model.encoder.activation)

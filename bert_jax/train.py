@@ -1,10 +1,11 @@
 """The only loop: TrainState, train_step, fit."""
 
+import dataclasses
 import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,9 +18,12 @@ import optax
 from bert_jax import memory, optimizer, partition
 from bert_jax.checkpoint import Checkpoints
 from bert_jax.cli import Stopped, UserError, progress
-from bert_jax.metrics import Mean, Writer, merge
+from bert_jax.metrics import Mean, Writer, flat, merge
 
 Batch = dict[str, jax.Array]
+Parts = dict[str, Batch]  # a batch of each source
+Annotate = Mapping[str, Callable[[Any, Batch], Batch]]
+SOURCE = 'text'
 RUN_AHEAD = 2  # steps dispatched beyond the one being computed
 
 memory.keep_freed()  # on import: once JAX's threads run, each has a pool of its own, which gives back what it frees
@@ -71,50 +75,62 @@ def _fresh(model: nn.Module, tx: optax.GradientTransformation, batch: Batch, rng
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(_split(params, frozen)[0]))
 
 
-def train_step(state: TrainState, batch: Batch, hyper: dict[str, Any], *, model: nn.Module,
-               tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, accumulation: int,
-               frozen: tuple[str, ...] = ()) -> tuple[TrainState, dict[str, Mean]]:
+def train_step(state: TrainState, parts: Parts, hyper: dict[str, Any], fixed: Mapping[str, Any] | None = None, *,
+               model: nn.Module, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, accumulation: int,
+               frozen: tuple[str, ...] = (), annotate: Annotate | None = None) -> tuple[TrainState, dict[str, Mean]]:
     """One update.
 
-    Each target's loss is its sum over the whole batch by its count over the whole batch, so the number
-    of devices and of micro-batches changes nothing but rounding.
+    Each target's loss is its sum over all of the batch by its count over all of it, so the number of devices,
+    micro-batches and sources changes nothing but rounding.
 
     Args:
       state: is donated.
-      batch: the global batch [B, ...].
+      parts: source -> its global batch [B, ...]; of several the losses are added.
       hyper: {'learning_rate': scalar, 'weights': {target: scalar}, 'seed': where dropout's randomness begins}.
+      fixed: source -> arrays that are no part of the state, such as a teacher's parameters; never changed or saved.
       model, tx: what to train, and how.
       mesh: how the batch and the parameters lie.
       accumulation: micro-batches.
       frozen: parts of the model that stay as they are: no gradient is computed for them.
+      annotate: source -> ((fixed, batch) -> batch), what is added to each micro-batch before the model sees it.
 
     Returns:
-      The next state, and the step's metrics as sums and counts.
+      The next state, and the step's metrics as sums and counts; of several sources each one's losses, too.
     """
     trained, held = _split(state.params, frozen)
-    counts = model.apply({}, batch, method='counts')
+    counts = [model.apply({}, batch, method='counts') for batch in parts.values()]
+    counts = _total(counts)
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper['seed']), 1), state.step)
 
     def weighted(losses: dict[str, dict[str, Mean]]) -> jax.Array:
         return sum(hyper['weights'][name] * terms['loss'].total / jnp.maximum(counts[name], 1)
                    for name, terms in losses.items())
 
-    def objective(params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, dict[str, Mean]]]:
+    def objective(params: Any, fixed: Any, batch: Batch, rng: jax.Array, source: str
+                  ) -> tuple[jax.Array, dict[str, dict[str, Mean]]]:
+        if annotate and source in annotate:
+            batch = annotate[source](fixed, batch)
         losses = model.apply({'params': held | params}, batch, train=True, rngs={'dropout': rng}, method='losses')
         return weighted(losses), losses
 
-    gradient = jax.grad(objective, has_aux=True)
-    if accumulation == 1:
-        with partition.logical_axes(mesh):
-            grads, losses = gradient(trained, batch, rng)
-    else:
-        grads, losses = _accumulate(gradient, trained, batch, rng, mesh, accumulation)
+    found = {}
+    for number, (source, batch) in enumerate(parts.items()):
+        gradient = jax.grad(functools.partial(objective, source=source), has_aux=True)
+        args = trained, fixed[source] if fixed else None, batch, jax.random.fold_in(rng, number) if number else rng
+        if accumulation == 1:
+            with partition.logical_axes(mesh):
+                found[source] = gradient(*args)
+        else:
+            found[source] = _accumulate(gradient, *args, mesh, accumulation)
+    grads, losses = _total(found.values())
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     params = held | jax.tree.map(lambda p, u: p - hyper['learning_rate'] * u, trained, updates)
-    metrics = {f'{name}/{term}': mean for name, terms in losses.items() for term, mean in terms.items()}
+    metrics = flat(losses)
+    for source in found if len(found) > 1 else ():
+        metrics |= {f'{source}/{name}': mean for name, mean in flat(found[source][1]).items()}
     one = jnp.ones(())
     metrics |= {'loss': Mean(weighted(losses), one), 'gradient_norm': Mean(optimizer.global_norm(grads), one)}
-    metrics |= _contents(batch)
+    metrics |= _total(map(_contents, parts.values()))
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -124,7 +140,12 @@ def _split(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, A
             {name: part for name, part in params.items() if name in frozen})
 
 
-def _accumulate(gradient: Callable, params: Any, batch: Batch, rng: jax.Array, mesh: jax.sharding.Mesh,
+def _total(trees: Iterable[Any]) -> Any:
+    """The sum of equal trees, of one the tree itself."""
+    return jax.tree.map(lambda *each: functools.reduce(jnp.add, each), *trees)
+
+
+def _accumulate(gradient: Callable, params: Any, fixed: Any, batch: Batch, rng: jax.Array, mesh: jax.sharding.Mesh,
                 accumulation: int) -> tuple[Any, Any]:
     """Sums gradients and losses over micro-batches, shard by shard, so that devices talk once, after the loop."""
     shards = partition.data_devices(mesh)
@@ -135,17 +156,18 @@ def _accumulate(gradient: Callable, params: Any, batch: Batch, rng: jax.Array, m
         return constrain(x, partition.micro_batch_sharding(mesh))
 
     whole = constrain(params, partition.gathered(params, mesh))
+    held = None if fixed is None else constrain(fixed, partition.gathered(fixed, mesh))
     each_shard = partition.per_shard(params, mesh)
-    sharded = jax.vmap(gradient, in_axes=(None, 0, 0), spmd_axis_name=partition.BATCH)
+    sharded = jax.vmap(gradient, in_axes=(None, None, 0, 0), spmd_axis_name=partition.BATCH)
 
     def body(sums: tuple[Any, Any], micro: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], None]:
         with partition.logical_axes(mesh, split_batch=False):
-            grads, losses = sharded(whole, *micro)
+            grads, losses = sharded(whole, held, *micro)
         grads, losses = jax.tree.map(jnp.add, sums, (grads, losses))
         return (constrain(grads, each_shard), losses), None
 
     micro = jax.tree.map(cut, batch), jax.random.split(rng, (accumulation, shards))
-    shapes = jax.eval_shape(sharded, whole, *jax.tree.map(lambda x: x[0], micro))
+    shapes = jax.eval_shape(sharded, whole, held, *jax.tree.map(lambda x: x[0], micro))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     zeros = constrain(zeros[0], each_shard), zeros[1]
     sums, _ = jax.lax.scan(body, zeros, micro)
@@ -167,35 +189,67 @@ def _contents(batch: Batch) -> dict[str, Mean]:
 
 
 def make_train_step(model: nn.Module, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, accumulation: int,
-                    state: TrainState, frozen: tuple[str, ...] = ()) -> Callable:
-    """train_step, jitted with explicit shardings; compiled once for each shape of batch."""
+                    state: TrainState, frozen: tuple[str, ...] = (), fixed: Any = None, annotate: Annotate | None = None
+                    ) -> Callable:
+    """(state, parts, hyper[, fixed]) -> train_step, jitted with explicit shardings; compiled once a shape of batch.
+
+    `state` and `fixed` may be shapes.
+    """
     step = functools.partial(train_step, model=model, tx=tx, mesh=mesh, accumulation=accumulation,
-                             frozen=frozen)
+                             frozen=frozen, annotate=annotate)
     shardings, everywhere = partition.state_shardings(state, mesh), partition.replicated(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, partition.batch_sharding(mesh), everywhere),
+    places = shardings, partition.batch_sharding(mesh), everywhere, partition.shardings(fixed, mesh)
+    return jax.jit(step, donate_argnums=0, in_shardings=places if fixed else places[:3],
                    out_shardings=(shardings, everywhere), compiler_options=partition.compiler_options(mesh))
 
 
-def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_steps: int,
-        hyper: Callable[[int], dict[str, Any]], log_every: int, save_every: int, eval_every: int,
-        evaluators: Mapping[str, Callable[[int, Any], dict[str, float]]], checkpoints: Checkpoints, writer: Writer,
-        phase_ends: tuple[int, ...] = (), stop: Callable[[int], bool] = lambda step: False,
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When what happens, in steps.
+
+    Attributes:
+      num_steps: updates in all.
+      log_every, save_every, eval_every: every window also ends with a phase and with the run.
+      phase_ends: steps after which the shape of batches changes.
+    """
+
+    num_steps: int
+    log_every: int
+    save_every: int
+    eval_every: int
+    phase_ends: tuple[int, ...] = ()
+
+    def ends_window(self, done: int) -> bool:
+        """Whether results are read after so many steps."""
+        return done % self.log_every == 0 or done == self.num_steps or done in self.phase_ends
+
+    def evaluates(self, done: int) -> bool:
+        """Whether the model is evaluated."""
+        return done % self.eval_every == 0 or done == self.num_steps
+
+    def saves(self, done: int) -> bool:
+        """Whether the state is saved."""
+        return done % self.save_every == 0 or done == self.num_steps
+
+
+def fit(state: TrainState, step: Callable, batches: Iterator[Parts], schedule: Schedule, *,
+        hyper: Callable[[int], dict[str, Any]], checkpoints: Checkpoints, writer: Writer,
+        evaluators: Mapping[str, Callable[[int, Any], dict[str, float]]],
+        stop: Callable[[int], bool] = lambda step: False,
         rates: Callable[[int, dict[str, float], float], dict[str, float]] = lambda *_: {}) -> TrainState:
-    """Trains from `state.step` to `num_steps`; the loop of pre-training and fine-tuning.
+    """Trains from `state.step` to the schedule's end; the loop of pre-training and fine-tuning.
 
     The host reads results only when a window of steps ends, never to dispatch the next step.
 
     Args:
       state: where to begin; donated.
-      step: (state, batch, hyper) -> (state, metrics).
-      batches: one batch for each remaining step.
-      num_steps: updates in all.
+      step: (state, parts, hyper) -> (state, metrics).
+      batches: the parts of each remaining step.
+      schedule: when results are read, states saved and models evaluated.
       hyper: step -> learning rate and target weights.
-      log_every, save_every, eval_every: in steps; every window also ends with a phase and with the run.
-      evaluators: name -> ((step, params) -> metrics), logged as 'name/metric'.
       checkpoints: where states are saved, with the last evaluation's scores.
       writer: of logs.
-      phase_ends: steps after which the shape of batches changes.
+      evaluators: name -> ((step, params) -> metrics), logged as 'name/metric'.
       stop: step -> whether to save and stop after it.
       rates: (step, window's metrics, steps/s) -> speeds to log.
 
@@ -203,8 +257,7 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
       Diverged: the loss is not finite; names the step, its batch and the last good checkpoint.
       Stopped: `stop` said so; the state is saved.
     """
-    start = int(state.step)
-    stops = {num_steps, *phase_ends}
+    start, num_steps = int(state.step), schedule.num_steps
     pending: list[dict[str, Mean]] = []
     scores: dict[str, float] = {}
     clock = time.monotonic()
@@ -216,7 +269,7 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
         done = number + 1
         bar.update()
         stopping = stop(done) and done < num_steps
-        if done % log_every and done not in stops and not stopping:
+        if not schedule.ends_window(done) and not stopping:
             continue
         window = jax.device_get(pending)
         _must_be_finite(window, done, checkpoints)
@@ -227,12 +280,12 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Batch], *, num_step
         writer.write_rates(done, speeds)
         bar.set_postfix_str(describe(values | speeds), refresh=False)
         pending = []
-        if evaluators and (done % eval_every == 0 or done == num_steps):
+        if evaluators and schedule.evaluates(done):
             scores = {f'{name}/{metric}': value for name, evaluate in evaluators.items()
                       for metric, value in evaluate(done, state.params).items()}
             writer.write(done, scores)
             bar.write(f'step {done}: ' + describe(scores))
-        if done % save_every == 0 or done == num_steps or stopping:
+        if schedule.saves(done) or stopping:
             writer.flush()
             checkpoints.save(done, state, scores)
         if stopping:

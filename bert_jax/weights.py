@@ -154,15 +154,13 @@ def model_config(found: dict[str, Any], sizes: dict[str, tuple[str, str]], activ
       activation: our name for it.
       heads, num_classes, dropout_rate: which heads there are, and what those of fine-tuning have.
     """
-    model = ConfigDict({'embeddings': {'name': 'bert'}, 'encoder': {'name': 'transformer'}, 'targets': {},
-                        'dtype': 'float32'})
+    model = ConfigDict({'embeddings': {'name': 'bert'}, 'encoder': {'name': 'transformer', 'sees': 'both'},
+                        'targets': {}, 'run': {'dtype': 'float32', 'kernel': 'auto', 'remat': 'none'}})
     for theirs, (part, name) in sizes.items():
         model[part][name] = found[theirs]
     model.embeddings.dropout_rate = model.encoder.dropout_rate
     model.encoder.activation = activation
-    model.encoder.layer_outputs = ()
-    model.encoder.attention = 'auto'
-    model.encoder.unroll = model.encoder.num_layers
+    model.run.unroll = model.encoder.num_layers
     classes = {'num_classes': num_classes, 'dropout_rate': dropout_rate}
     options = {'mlm': {'vocab_size': model.embeddings.vocab_size, 'activation': activation},
                **dict.fromkeys(('classification', 'multilabel', 'tagging'), classes),
@@ -185,6 +183,14 @@ def check_labels(labels: Sequence[str], classes: int, where: str) -> None:
     twice = next((label for i, label in enumerate(labels) if label in labels[:i]), None)
     if twice is not None:
         raise UserError(f'{where}: the label {twice!r} names two classes.')
+
+
+def check_is_bert(model: Pretrained, form: str) -> None:
+    """Refuses a model that `form`, which knows BERT alone, would compute otherwise."""
+    encoder = model.model.encoder
+    if encoder.name != 'transformer' or encoder.sees != 'both':
+        what = f'an encoder {encoder.name}' + (f' that sees {encoder.sees}' if 'sees' in encoder else '')
+        raise UserError(f'{what}: {form} has BERT alone, whose transformer sees both sides; --format workdir keeps it.')
 
 
 def of(model: Pretrained) -> list[Tensor]:

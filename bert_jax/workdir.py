@@ -25,8 +25,8 @@ from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 
 # Where and how a run is computed, not what: these may change when it goes on.
-MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'eval_batch_size', 'remat', 'model.encoder.unroll',
-           'model.encoder.remat', 'model.encoder.attention')
+MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'eval_batch_size', 'remat', 'model.run.unroll',
+           'model.run.remat', 'model.run.kernel')
 TEST_ONLY = ('task.test_file', 'model.targets.multiple_choice.num_choices')  # of what is predicted, not learned
 FILES = ('task.train_file', 'task.dev_file', 'task.dev_share', 'task.folder')  # hashes say what is in them
 ADDED = ('data', 'keep_head', 'task.sentence_column')  # workdirs of older versions say nothing of these

@@ -60,8 +60,8 @@ def get_config(arg='base_v5e_16'):
     c = cli.load_config(f'{PRETRAIN}:{size},bf16', [])
     c.phases = ((round(EXAMPLES * (1 - LONG) / batch_size), 128, batch_size),
                 (round(EXAMPLES * LONG / (batch_size // 4)), 512, batch_size // 4))
-    c.model.encoder.unroll = 1              # a scan over the layers: compiles six times faster
-    c.model.encoder.remat = 'elementwise'   # what is cheap is computed again instead of kept
+    c.model.run.unroll = 1                  # a scan over the layers: compiles six times faster
+    c.model.run.remat = 'elementwise'       # what is cheap is computed again instead of kept
     c.mesh = (-1, 16, 1)                    # 16 devices share the update, which is once a step whatever the batch
     c.optimizer.name = 'lamb'
     c.schedule.peak = 6.25e-4 * (batch_size / 512)**0.5

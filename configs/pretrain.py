@@ -39,7 +39,7 @@ def get_config(arg='base'):
     c.pipeline = 'tf'               # or 'thread', without tensorflow
 
     c.model = model(layers, width, heads, dropout_rate=0.1, max_length=512)
-    c.model.dtype = 'bfloat16' if 'bf16' in options else 'float32'
+    c.model.run.dtype = 'bfloat16' if 'bf16' in options else 'float32'
     c.model.targets = targets = ConfigDict()
     targets.mlm = ConfigDict({'vocab_size': c.model.embeddings.get_ref('vocab_size'), 'weight': 1.0,
                               'activation': c.model.encoder.get_ref('activation')})
@@ -66,13 +66,16 @@ def model(layers, width, heads, dropout_rate, max_length):
     hidden_size, rate = FieldReference(width), FieldReference(dropout_rate)
     num_layers = FieldReference(layers)
     return ConfigDict({
+        'run': {  # how it is computed, not what: another machine may take other values
+            'dtype': 'float32',
+            'kernel': 'auto',          # of attention: 'xla'; 'cudnn' on NVIDIA GPUs, in bf16 without attention dropout
+            'unroll': num_layers * 1,  # on pods 1: compiles faster
+            'remat': 'none'},          # 'elementwise', 'dots', 'full': less memory, more work
         'embeddings': {'name': 'bert', 'vocab_size': FieldReference(0),  # 0: the tokenizer's
                        'hidden_size': hidden_size, 'max_length': max_length, 'num_segments': 2,
                        'dropout_rate': rate},
         'encoder': {'name': 'transformer', 'num_layers': num_layers, 'num_heads': heads, 'mlp_size': hidden_size * 4,
                     'activation': FieldReference('gelu_new'),  # the original's; 'gelu' (erf) is Hugging Face's
                     'dropout_rate': rate * 1.0, 'attention_dropout_rate': rate * 1.0,  # follow, unless given
-                    'layer_outputs': (), 'unroll': num_layers * 1,  # on pods 1: compiles faster
-                    'remat': 'none',   # 'elementwise', 'dots', 'full': less memory, more work
-                    'attention': 'auto'},  # 'xla'; 'cudnn' on GPUs, in bf16 without attention dropout
+                    'sees': 'both'},       # 'left': no position what is after it; 'prefix': but of segment A all
     })

@@ -31,7 +31,7 @@ def run(shape, accumulation):
         mesh = jax.sharding.Mesh(np.reshape(devices, shape), partition.AXES)
     else:
         mesh = partition.make_mesh(shape, devices=devices)
-    model = models.build('model.embeddings.dropout_rate=0.0', 'model.encoder.unroll=1')
+    model = models.build('model.embeddings.dropout_rate=0.0', 'model.run.unroll=1')
     tx = optimizer.make_optimizer('adamw', **SETTINGS)
     made = [global_batch(i) for i in range(STEPS)]
     params = models.random_params(model, made[0], scale=0.05)
@@ -42,12 +42,12 @@ def run(shape, accumulation):
     hyper = train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0)
     sharding, losses = partition.batch_sharding(mesh), []
     first = batches.place(made[0], sharding)
-    step = step.lower(state, first, hyper).compile()
+    step = step.lower(state, {'text': first}, hyper).compile()
     text = step.as_text()
     per_device = {name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
                   for name, tree in (('params', state.params), ('opt_state', state.opt_state))}
     for batch in made:
-        state, metrics = step(state, batches.place(batch, sharding), hyper)
+        state, metrics = step(state, {'text': batches.place(batch, sharding)}, hyper)
         losses.append([float(metrics[k].total / metrics[k].count) for k in ('loss', 'mlm/loss', 'nsp/loss', 'mlm/accuracy')])
     gathers = re.findall(r'f32\[([\d,]*)\][^=]* all-gather', text)
     return {'losses': losses, 'updates': flat(state.params) - before, 'per_device': per_device, 'reductions': reductions(text),
@@ -56,11 +56,11 @@ def run(shape, accumulation):
 
 def temporaries():
     """Bytes of them in a step under fsdp, of which gathered kernels would be more than half, and of all those kernels."""
-    model = models.build('model.encoder.unroll=1', 'model.encoder.num_layers=16', 'model.embeddings.hidden_size=64', 'model.encoder.mlp_size=512')
+    model = models.build('model.run.unroll=1', 'model.encoder.num_layers=16', 'model.embeddings.hidden_size=64', 'model.encoder.mlp_size=512')
     tx, mesh = optimizer.make_optimizer('adamw', **SETTINGS), partition.make_mesh((1, 8, 1))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype), global_batch(0))
     state = train.state_shapes(model, tx, batch)
-    step = train.make_train_step(model, tx, mesh, 1, state).lower(state, batch, train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0))
+    step = train.make_train_step(model, tx, mesh, 1, state).lower(state, {'text': batch}, train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0))
     return step.compile().memory_analysis().temp_size_in_bytes, 16 * (4 * 64 * 64 + 2 * 64 * 512) * 4
 
 
@@ -98,7 +98,7 @@ def dropout_rows():
     The steps are train_step's own, which fold their number in; only the gradient is left out, which costs the most.
     """
     mesh = partition.make_mesh((8, 1, 1))
-    model = models.build('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1')
+    model = models.build('model.embeddings.dropout_rate=0.3', 'model.run.unroll=1')
     one = {k: np.repeat(v[:1], 32, 0) for k, v in global_batch(0).items()}
     params, tx, found = models.random_params(model, one), optax.identity(), {}
 
@@ -119,7 +119,7 @@ def dropout_rows():
                 train.train_step, model=model, tx=tx, mesh=mesh, accumulation=accumulation))
             for _ in range(2):
                 batch = batches.place(one, partition.batch_sharding(mesh))
-                state, _ = step(state, batch, train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0))
+                state, _ = step(state, {'text': batch}, train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0))
         jax.effects_barrier()
         values = np.concatenate([np.ravel(x) for x in seen])
         found[str(accumulation)] = [len(values), len(np.unique(values))]

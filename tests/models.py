@@ -62,5 +62,5 @@ def random_params(model, example, seed=0, scale=0.2):
     return jax.tree_util.tree_map_with_path(draw, params)
 
 
-def build(*overrides, arg='tiny'):
-    return models.build(config(*overrides, arg=arg))
+def build(*overrides, arg='tiny', reads=()):
+    return models.build(config(*overrides, arg=arg), reads)

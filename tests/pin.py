@@ -42,7 +42,7 @@ def config():
     """BERT of two layers."""
     return cli.load_config(str(ROOT / 'configs/pretrain.py:tiny'), [f'--config.{one}' for one in (
         'model.embeddings.hidden_size=32', 'model.encoder.num_heads=4', 'model.encoder.mlp_size=48',
-        f'model.embeddings.max_length={L}', f'model.embeddings.vocab_size={V}', 'model.encoder.unroll=1',
+        f'model.embeddings.max_length={L}', f'model.embeddings.vocab_size={V}', 'model.run.unroll=1',
         f'model.embeddings.dropout_rate={RATE}',
         f'model.encoder.dropout_rate={2 * RATE}', f'model.encoder.attention_dropout_rate={RATE}')])
 
@@ -91,7 +91,7 @@ def five_steps(model, batches, weights):
     found = []
     for number, batch in enumerate(batches):
         rate = optimizer.learning_rate(number, peak=3e-3, warmup_share=0.2, num_steps=10)
-        state, metrics = step(state, batch, train.as_hyper(rate, weights, 11))
+        state, metrics = step(state, {'text': batch}, train.as_hyper(rate, weights, 11))
         found.append([float(metrics[name].total / metrics[name].count) for name in ('loss', 'gradient_norm')])
     return found
 

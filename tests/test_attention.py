@@ -9,7 +9,7 @@ import pytest
 from conftest import call_module, expect_error
 from models import L, batch, build, packed_batch, random_params
 
-from bert_jax.model import encoders, kernels
+from bert_jax.model import kernels, transformer
 
 ON_GPU = jax.default_backend() == 'gpu'
 
@@ -17,12 +17,14 @@ ON_GPU = jax.default_backend() == 'gpu'
 @pytest.mark.parametrize('implementation', ['xla', pytest.param('cudnn', marks=pytest.mark.skipif(
     not ON_GPU, reason='cuDNN attention needs an NVIDIA GPU'))])
 @pytest.mark.parametrize('example', [batch(), packed_batch()], ids=['padded', 'packed'])
-def test_fused_attention_gives_the_same_losses_and_gradients(example, implementation, monkeypatch):
+@pytest.mark.parametrize('sees', transformer.SEES)
+def test_fused_attention_gives_the_same_losses_and_gradients(sees, example, implementation, monkeypatch):
     """On a CPU through jax.nn.dot_product_attention's own XLA path: the masks, lengths and scale are what is tested."""
     dtype = 'bfloat16' if implementation == 'cudnn' else 'float32'
     # cuDNN takes masks of even lengths alone
     example = {name: np.pad(value, ((0, 0), (0, 1))) if value.shape[1:] == (L,) else value for name, value in example.items()}
-    plain, fused = (build('model.encoder.attention_dropout_rate=0', f'model.dtype={dtype}') for _ in range(2))
+    plain, fused = (build('model.encoder.attention_dropout_rate=0', f'model.run.dtype={dtype}', f'model.encoder.sees={sees}',
+                          arg='tiny,no_nsp' if sees == 'left' else 'tiny') for _ in range(2))
     params = random_params(plain, example)
 
     def value_and_gradient(model):
@@ -34,7 +36,7 @@ def test_fused_attention_gives_the_same_losses_and_gradients(example, implementa
             return jax.jit(jax.value_and_grad(loss))(params)
 
     expected = value_and_gradient(plain)
-    monkeypatch.setattr(encoders, 'choose_attention', lambda *_: 'cudnn')  # any but 'xla' goes the fused way
+    monkeypatch.setattr(transformer, 'choose_kernel', lambda *_: 'cudnn')  # any but 'xla' goes the fused way
     monkeypatch.setattr(kernels, 'fused_attention', functools.partial(as_implementation, implementation, kernels.fused_attention))
     found = value_and_gradient(fused)
     tolerance = {'float32': {'rtol': 1e-5, 'atol': 1e-6}, 'bfloat16': {'rtol': 2e-2, 'atol': 2e-2}}[dtype]
@@ -43,9 +45,9 @@ def test_fused_attention_gives_the_same_losses_and_gradients(example, implementa
     jax.tree.map(close, found[1], expected[1])
 
 
-def as_implementation(implementation, fused, query, key, value, mask, lengths, _):
+def as_implementation(implementation, fused, query, key, value, mask, lengths, causal, _):
     assert query.ndim == 4 and (lengths is None or lengths.shape == (len(query),))
-    return fused(query, key, value, mask, lengths, implementation)
+    return fused(query, key, value, mask, lengths, causal, implementation)
 
 
 @pytest.mark.parametrize(('attention', 'dropout', 'dtype', 'backend', 'chosen'), [
@@ -54,15 +56,15 @@ def as_implementation(implementation, fused, query, key, value, mask, lengths, _
     ('cudnn', 0, 'bfloat16', 'gpu', 'cudnn')])
 def test_auto_takes_cudnn_where_it_can(attention, dropout, dtype, backend, chosen, monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    encoder = build(f'model.encoder.attention={attention}', f'model.encoder.attention_dropout_rate={dropout}', f'model.dtype={dtype}').encoder
-    assert encoder.dtype == jnp.dtype(dtype) and encoders.choose_attention(encoder, train=True) == chosen
-    assert encoders.choose_attention(encoder, train=False) == (chosen if dropout == 0 else 'cudnn')
+    encoder = build(f'model.run.kernel={attention}', f'model.encoder.attention_dropout_rate={dropout}', f'model.run.dtype={dtype}').encoder
+    assert encoder.run.dtype == jnp.dtype(dtype) and transformer.choose_kernel(encoder, train=True) == chosen
+    assert transformer.choose_kernel(encoder, train=False) == (chosen if dropout == 0 else 'cudnn')
 
 
 def test_what_cudnn_lacks_is_said(store_path, tmp_path):
     done = call_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / 'w',
-                      '--config.model.encoder.attention=cudnn')
+                      '--config.model.run.kernel=cudnn')
     expect_error(done, 'an NVIDIA GPU', 'bfloat16', 'attention_dropout_rate=0', 'auto')
     done = call_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / 'w',
-                      '--config.model.encoder.attention=flash')
+                      '--config.model.run.kernel=flash')
     expect_error(done, "'flash'", 'cudnn')

@@ -107,10 +107,10 @@ def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, f
     c = config('conll2003', folder, make('conll2003', tmp_path), 'epochs=30.0', 'evals_per_epoch=1', f'task.features={features}',
                'task.lstm_size=24', 'task.document_context=False', 'schedule.peak=1e-2')
     job = finetune.Job(c, finetune.read_task(c))
-    state = job.init(0)
+    state = job.run.init(0)
     slots = {'/'.join(str(getattr(key, 'key', '')) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
     assert not any('encoder' in name or 'embeddings' in name for name in slots) and any('targets_bilstm' in name for name in slots)
-    results = finetune.run(job, c, str(tmp_path / 'work'))
+    results = finetune.train_task(job, c, str(tmp_path / 'work'))
     assert results['dev/f1'] == 1, results
     from bert_jax import checkpoint
 
@@ -129,7 +129,7 @@ def test_too_few_layers_for_a_row_of_table_7(model, tmp_path):  # noqa: F811
     c = config('conll2003', model, make('conll2003', tmp_path), 'task.features=concat_last4')
     small = peers.save(peers.model(num_hidden_layers=3, max_position_embeddings=64), tmp_path / 'small')
     c.init_from = str(small)
-    with pytest.raises(UserError, match='concat_last4: .* has 3 layers, 4 or more are needed'):
+    with pytest.raises(UserError, match='reads layer -4, .* has 3 layers'):
         finetune.Job(c, finetune.read_task(c))
 
 
@@ -138,8 +138,9 @@ def test_which_layers_each_row_of_table_7_takes():
     expected = {'embeddings': hidden[0], 'second_to_last': hidden[11], 'last': hidden[12], 'concat_last4': np.concatenate(hidden[9:], -1),
                 'sum_last4': hidden[9:].mean(0), 'sum_all': hidden[1:].mean(0)}  # before anything is learned the weights are equal
     for features, wanted in expected.items():
-        head = types.SimpleNamespace(features=features, param=lambda name, init, shape: init(jax.random.key(0), shape))
-        found = BiLstmTagging._features(head, hidden)
+        reads = BiLstmTagging(3, features, 5, 0.0).reads
+        head = types.SimpleNamespace(features=features, reads=reads, param=lambda name, init, shape: init(jax.random.key(0), shape))
+        found = BiLstmTagging._features(head, {read: hidden[1:] if read[1] == 'all' else hidden[read[1]] for read in reads})
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -150,9 +151,9 @@ def test_the_bilstm_equals_pytorch():
     lengths = np.array([9, 4, 7, 1])
     example = {'input_mask': (np.arange(9) < lengths[:, None]).astype(np.int32)}
     ours = BiLstmTagging(5, 'last', 7, 0.0)
-    from bert_jax.model.encoders import Encoded
+    from bert_jax.model.parts import Encoded
 
-    encoded = Encoded(hidden[-1], {'hidden': hidden})
+    encoded = Encoded(hidden[-1], {('hidden', -1): hidden[-1]})
     apply = lambda p: ours.apply({'params': p}, encoded, example, None, train=False, method='outputs')['logits']  # noqa: E731
     params = ours.init(jax.random.key(0), encoded, example, None, train=False, method='outputs')['params']
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.4, params)

@@ -102,13 +102,13 @@ def test_positions_that_pretraining_never_saw_are_said_and_remat_is_this_runs_ow
         c = load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full')
         job = finetune.Job(c, finetune.read_task(c))
         assert ('was trained on up to 96 tokens' in capfd.readouterr().err) == said
-    assert job.model_config.encoder.remat == 'full' and job.source.model.encoder.remat == 'none'
+    assert job.model_config.run.remat == 'full' and job.source.model.run.remat == 'none'
 
 
 def test_a_dev_loss_that_is_not_finite_ends_the_run_as_one_in_training_does(pretrained, tmp_path):
     c = load_config(pretrained, write(tmp_path / 'train.csv', rows(30)))
     job = finetune.Job(c, finetune.read_task(c))
-    params = jax.tree.map(lambda x: x * np.nan, job.init(0).params)
+    params = jax.tree.map(lambda x: x * np.nan, job.run.init(0).params)
     with pytest.raises(train.Diverged, match='The loss on dev is not finite at step 7'):
         finetune._score(job, 'dev', 8, 7, params)
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import expect_error, run_module
 from ml_collections import ConfigDict
 
-from bert_jax import cli, compile_check, flops, hardware, hlo, partition, topology, train
+from bert_jax import cli, compile_check, hardware, hlo, partition, topology, train
 from bert_jax import compiled as check
 from bert_jax.cli import UserError
 
@@ -39,11 +39,10 @@ def test_the_flops_of_products_in_and_out_of_loops():
 def test_the_programs_flops_are_those_of_the_formula():
     """Forward pass of all but look-ups: a third of the formula's training step."""
     example = models.batch(padded=False)
-    model = models.build('model.encoder.unroll=1', 'model.encoder.num_layers=3')
+    model = models.build('model.run.unroll=1', 'model.encoder.num_layers=3', 'model.embeddings.vocab_size=128')
     params = model.init(jax.random.key(0), example, train=False)['params']
     program = compiled(lambda p: model.apply({'params': p}, example, train=False)['mlm']['logits'], params)
-    formula = flops.sequence_flops(num_layers=3, hidden_size=models.D, mlp_size=48, vocab_size=128, tokens=models.L,
-                                   squared_tokens=models.L**2, predictions=models.P) / 3 * 8
+    formula = 8 / 3 * model.flops({'tokens': models.L, 'squared_tokens': models.L**2, 'predictions': models.P})
     assert total_flops(program) == pytest.approx(formula, rel=0.01)
 
 
@@ -240,7 +239,7 @@ MESH = Wired(1, 4, 1, 2)
 
 @pytest.mark.parametrize('accumulation, expected', [(1, 2), (2, 3)])
 def test_what_should_not_be_in_a_program_is_found(accumulation, expected):
-    config = ConfigDict({'model': models.config('model.dtype=bfloat16', 'model.embeddings.vocab_size=128'), 'accumulation': accumulation})
+    config = ConfigDict({'model': models.config('model.run.dtype=bfloat16', 'model.embeddings.vocab_size=128'), 'accumulation': accumulation})
     step = check.Step(None, hlo.Program(BAD_TEXT), None, MESH, 0.0, 0)
     found = check.findings(step, config, 16, 16 * accumulation)
     assert [len(what) for what in found.values()] == [1, 1, expected - 2], found
@@ -291,7 +290,7 @@ def test_help_without_libtpu_says_what_to_install(monkeypatch):
         topology.devices('v5e-16')
 
 
-TINY_BF16 = ('--config', 'configs/pretrain.py:tiny,bf16', '--config.model.encoder.unroll=1', '--config.phases=((10,64,64),)')
+TINY_BF16 = ('--config', 'configs/pretrain.py:tiny,bf16', '--config.model.run.unroll=1', '--config.phases=((10,64,64),)')
 
 
 @pytest.mark.skipif(not LIBTPU, reason='needs the TPU compiler: pip install -r requirements-tpu.txt')
@@ -310,7 +309,7 @@ def test_a_step_compiled_for_a_slice(tmp_path):
 @pytest.mark.skipif(not LIBTPU, reason='needs the TPU compiler: pip install -r requirements-tpu.txt')
 def test_what_does_not_fit_is_refused_with_what_does():
     done = run_module('compile_check', *TINY_BF16[:3], '--config.phases=((10,512,16384),)', '--topology', 'v5e:2x2')
-    expect_error(done, 'It needs', 'of memory', 'This fits: --config.model.encoder.remat')
+    expect_error(done, 'It needs', 'of memory', 'This fits: --config.model.run.remat')
 
 
 @pytest.mark.skipif(not LIBTPU, reason='needs the TPU compiler: pip install -r requirements-tpu.txt')

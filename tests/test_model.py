@@ -16,12 +16,13 @@ from conftest import ROOT
 from models import D, L, P, V, batch, build, config, packed_batch, random_params
 
 from bert_jax.cli import UserError
-from bert_jax.model import layers
+from bert_jax.model import layers, transformer
 from bert_jax.model import model as models
 from bert_jax.model.embeddings import padded_vocab_size
-from bert_jax.model.encoders import ENCODERS, Encoded
+from bert_jax.model.encoders import ENCODERS
 from bert_jax.model.kernels import FEW_ROWS, gelu, lookup, random_bits
 from bert_jax.model.layers import Attention, Dense, Dropout, LayerNorm, Lstm
+from bert_jax.model.parts import Encoded
 from bert_jax.model.targets import TARGETS
 
 
@@ -48,7 +49,7 @@ def test_vocabularies_are_padded_to_multiples_of_128(size, padded):
 
 def test_padding_and_neighbours_in_a_row_change_nothing():
     """A row with two examples gives each what it gets alone."""
-    model, example = build("model.encoder.layer_outputs=('hidden',)"), batch()
+    model, example = build(), batch()
     params = random_params(model, example)
     short = {k: v[:, :6] if v.ndim == 2 and v.shape[1] == L else v for k, v in batch(padded=False).items()}
     two = {k: np.concatenate([short[k], short[k][::-1]], 1) for k in ('input_ids', 'segment_ids', 'position_ids')}
@@ -65,7 +66,7 @@ def test_scanned_and_unrolled_are_the_same_dropout_included():
     example = batch()
     results = []
     for unroll in (1, 2):
-        model = build(f'model.encoder.unroll={unroll}', 'model.embeddings.dropout_rate=0.3')
+        model = build(f'model.run.unroll={unroll}', 'model.embeddings.dropout_rate=0.3')
         params = random_params(model, example)
         results.append(jax.jit(lambda p, m=model: m.apply(
             {'params': p}, example, train=True, rngs={'dropout': jax.random.key(1)}))(params))
@@ -77,7 +78,7 @@ def test_rematerialisation_changes_memory_and_no_gradient():
     example = {name: np.tile(x, (8, 1)) for name, x in batch().items() if x.ndim == 2}
     sizes, gradients = {}, {}
     for remat in ('none', 'elementwise', 'dots', 'full'):
-        model = build('model.encoder.num_layers=6', 'model.encoder.unroll=1', 'model.embeddings.dropout_rate=0.2', f'model.encoder.remat={remat}')
+        model = build('model.encoder.num_layers=6', 'model.run.unroll=1', 'model.embeddings.dropout_rate=0.2', f'model.run.remat={remat}')
         params = random_params(model, example)
 
         def loss(params, model=model):
@@ -95,33 +96,86 @@ def test_dots_keeps_what_dense_layers_give():
     """The backward pass computes again almost nothing of what `full` does: attention's two products."""
     example, work = batch(), {}
     for remat in ('none', 'dots', 'full'):
-        model = build('model.encoder.unroll=2', f'model.encoder.remat={remat}')
+        model = build('model.run.unroll=2', f'model.run.remat={remat}')
         loss = lambda params, model=model: model.apply({'params': params}, example, train=False, method='losses')['mlm']['loss'].total  # noqa: E731
         work[remat] = jax.jit(jax.grad(loss)).lower(random_params(model, example)).compile().cost_analysis()['flops']
     assert work['none'] < work['dots'] < work['none'] + 0.4 * (work['full'] - work['none']), work
 
 
+def encoder_config(name, **changes):
+    """Each encoder by its name, of two layers; the LSTM's width is not the embeddings'."""
+    c = config()
+    if name == 'lstm':
+        c.encoder = {'name': 'lstm', 'num_layers': 2, 'hidden_size': 24, 'dropout_rate': 0.1}
+        c.targets = {'lm': {'vocab_size': V, 'weight': 1.0}}
+    c.encoder.update(changes)
+    if c.encoder.get('sees') == 'left':
+        c = config('model.encoder.sees=left', arg='tiny,no_nsp')
+    return c
+
+
 @pytest.mark.parametrize('name', ENCODERS)
 def test_the_contract_of_encoders(name):
-    """Shapes; and what they hold, against a plain transcription of each layer."""
-    model = build("model.encoder.layer_outputs=('hidden', 'query', 'key', 'value')", f'model.encoder.name={name}')
+    """Shapes, layers by their numbers; examples of a row know nothing of each other, nor of what they may not see."""
+    encoder = ENCODERS[name]
+    c, example = encoder_config(name), packed_batch()
+    reads = (('hidden', 0), *((kind, layer) for kind in encoder.GIVES for layer in (1, 2, -1, 'all')))
+    model = models.build(c, reads)
+    params = random_params(model, example)
+    encode = lambda b: model.apply({'params': params}, b, train=False, method='encode')  # noqa: E731
+    encoded, width = encode(example), model.encoder.width(D)
+    assert isinstance(encoded, Encoded) and encoded.hidden.shape == (8, L, width) and encoded.layers.keys() == set(reads)
+    embedded = model.apply({'params': params}, example, method=lambda m, b: m.embeddings(b, train=False))
+    np.testing.assert_allclose(encoded.layers['hidden', 0], embedded, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(encoded.layers['hidden', 2], encoded.hidden, rtol=1e-5, atol=1e-6)
+    for kind in encoder.GIVES:
+        one, two, last = (encoded.layers[kind, layer] for layer in (1, 2, -1))
+        assert one.shape == two.shape and not np.allclose(one, two)
+        np.testing.assert_array_equal(two, last)
+        np.testing.assert_array_equal(jnp.stack([one, two]), encoded.layers[kind, 'all'])
+    second = example['input_mask'] == 2
+    changed = example | {'input_ids': np.where(second, 5, example['input_ids'])}
+    np.testing.assert_allclose(encode(changed).hidden[example['input_mask'] == 1],
+                               encoded.hidden[example['input_mask'] == 1], atol=1e-6)
+    assert not np.allclose(encode(changed).hidden[second], encoded.hidden[second])
+
+
+@pytest.mark.parametrize('sees', transformer.SEES)
+def test_what_a_position_sees(sees):
+    """A changed token changes the positions that see it and no other, whatever computes attention."""
+    model = models.build(encoder_config('transformer', sees=sees))
+    example = batch(padded=False)
+    example['segment_ids'] = np.broadcast_to(np.arange(L) >= 6, (8, L)).astype(np.int32)
+    params = random_params(model, example)
+    encode = lambda b: model.apply({'params': params}, b, train=False, method='encode').hidden  # noqa: E731
+    for at in (3, 9):
+        changed = {k: v.copy() for k, v in example.items()}
+        changed['input_ids'][:, at] = 5 + (changed['input_ids'][:, at] - 4) % (V - 5)
+        moved = np.abs(encode(changed) - encode(example)).max((0, 2)) > 1e-5
+        expected = {'both': np.ones(L, bool), 'left': np.arange(L) >= at,
+                    'prefix': np.full(L, at < 6) | (np.arange(L) >= at)}[sees]
+        np.testing.assert_array_equal(moved, expected)
+
+
+@pytest.mark.parametrize('reads', [(), ('hidden', 'query', 'key', 'value')])
+def test_each_layer_of_a_transformer(reads):
+    """Against a plain transcription; what is read changes nothing of what is computed."""
+    model = build(reads=tuple((kind, 'all') for kind in reads))
     example = packed_batch()
     params = random_params(model, example)
     encoded = model.apply({'params': params}, example, train=False, method='encode')
-    assert isinstance(encoded, Encoded) and encoded.hidden.shape == (8, L, D)
-    assert encoded.layers['hidden'].shape == (3, 8, L, D)
-    np.testing.assert_array_equal(encoded.layers['hidden'][-1], encoded.hidden)
     tree = plain.tensors(params)
     hidden, heads = plain.encode(tree, example)
     real = example['input_mask'] > 0
-    for layer in range(3):
-        np.testing.assert_allclose(encoded.layers['hidden'][layer][real], hidden[layer].detach()[real], atol=1e-5)
-    for i, part in enumerate(('query', 'key', 'value')):
-        assert encoded.layers[part].shape == (2, 8, 4, L, D // 4)
-        for layer in range(2):
-            both = encoded.layers[part][layer], heads[layer][i].detach().numpy()
-            np.testing.assert_allclose(*(x.swapaxes(1, 2)[real] for x in both), atol=1e-5)
+    np.testing.assert_allclose(encoded.hidden[real], hidden[-1].detach()[real], atol=1e-5)
     np.testing.assert_allclose(encoded.pooled, plain.pool(tree, hidden[-1], example).detach(), atol=1e-5)
+    for layer in range(2) if reads else ():
+        np.testing.assert_allclose(encoded.layers['hidden', 'all'][layer][real], hidden[layer + 1].detach()[real], atol=1e-5)
+    for i, part in enumerate(reads[1:]):
+        assert encoded.layers[part, 'all'].shape == (2, 8, 4, L, D // 4)
+        for layer in range(2):
+            both = encoded.layers[part, 'all'][layer], heads[layer][i].detach().numpy()
+            np.testing.assert_allclose(*(x.swapaxes(1, 2)[real] for x in both), atol=1e-5)
 
 
 def fine_tuning_labels(name):
@@ -145,14 +199,18 @@ def fine_tuning_labels(name):
 @pytest.mark.parametrize('name', TARGETS)
 def test_the_contract_of_targets(name):
     c = config()
-    kwargs = {'mlm': {'vocab_size': V, 'activation': 'gelu'}, 'nsp': {},
+    kwargs = {'mlm': {'vocab_size': V, 'activation': 'gelu'}, 'nsp': {}, 'lm': {'vocab_size': V},
+              'relations': {'num_heads': 8, 'layer': -1},
               'classification': {'num_classes': 3, 'dropout_rate': 0.1}, 'tagging': {'num_classes': 3, 'dropout_rate': 0.1},
               'multilabel': {'num_classes': 3, 'dropout_rate': 0.1}, 'regression': {'dropout_rate': 0.1},
               'bilstm_tagging': {'num_classes': 3, 'features': 'sum_all', 'hidden_size': 5, 'dropout_rate': 0.1},
               'span': {}, 'multiple_choice': {'num_choices': 2, 'dropout_rate': 0.1}}
     c.targets = {name: {'weight': 1.0, **kwargs[name]}}
-    c.encoder.layer_outputs = ('hidden',)
+    c.encoder.sees = TARGETS[name].sees
     model, example = models.build(c), batch() | fine_tuning_labels(name)
+    if name == 'relations':
+        example |= {f'teacher_{kind}': np.random.default_rng(1).normal(size=(8, 2, L, 12)).astype(np.float32)
+                    for kind in ('query', 'key', 'value')}
     params = random_params(model, example)
     losses = model.apply({'params': params}, example, train=False, method='losses')[name]
     counts = model.apply({}, example, method='counts')
@@ -162,7 +220,7 @@ def test_the_contract_of_targets(name):
     for term, mean in losses.items():
         both = jax.tree.map(jnp.add, parts[0][term], parts[1][term])
         np.testing.assert_allclose([both.total, both.count], [mean.total, mean.count], rtol=1e-5)
-    assert ('pooler' in params) == model.targets[name].uses_pooled
+    assert ('pooler' in params) == model.targets[name].reads.__contains__('pooled')
 
 
 def test_losses_of_tags_spans_and_choices_against_pytorch():
@@ -184,7 +242,7 @@ def test_losses_of_tags_spans_and_choices_against_pytorch():
              {'logits': np.where(np.reshape([1, 1, 1, 0, 1, 1, 0, 0], (4, 2)), np.random.default_rng(0).normal(size=(4, 2)), -1e9)},
              lambda o, e: torch.nn.functional.cross_entropy(o['logits'][:3], torch.tensor([1, 0, 0])))):
         labels = example | fine_tuning_labels(name)
-        loss = target.losses({k: jnp.asarray(v, jnp.float32) for k, v in outputs.items()}, labels)['loss']
+        loss = target.terms({k: jnp.asarray(v, jnp.float32) for k, v in outputs.items()}, labels)['loss']
         theirs = expected({k: torch.tensor(v) for k, v in outputs.items()}, {k: torch.tensor(v) for k, v in labels.items()})
         assert float(loss.total / loss.count) == pytest.approx(float(theirs), rel=1e-5), name
 
@@ -192,12 +250,12 @@ def test_losses_of_tags_spans_and_choices_against_pytorch():
 def test_what_metrics_of_heads_count():
     """A row that is no example counts nowhere; a span is right where both of its ends are."""
     real = np.array([1, 1, 1, 0], np.int32)
-    span = TARGETS['span']().losses(
+    span = TARGETS['span']().terms(
         {'start_logits': jnp.eye(4, 6) * 9, 'end_logits': jnp.eye(4, 6, 1) * 9},
         {'start_positions': jnp.array([0, 1, 0, 3]), 'end_positions': jnp.array([1, 5, 3, 4]),
          'is_real_example': real})['exact']
     assert (float(span.total), float(span.count)) == (1, 3)
-    classes = TARGETS['classification'](3, 0.0).losses(
+    classes = TARGETS['classification'](3, 0.0).terms(
         {'logits': jnp.eye(4, 3)}, {'label_ids': jnp.array([0, 2, 2, 0]), 'is_real_example': real})
     assert (float(classes['accuracy'].total), float(classes['accuracy'].count)) == (2, 3)
     labels = np.array([[1, 0], [0, 1], [1, 1], [0, 0]], np.float32)
@@ -205,9 +263,9 @@ def test_what_metrics_of_heads_count():
             (TARGETS['multilabel'](2, 0.0), np.ones((4, 2)), labels, 6 * np.log(1 + np.e) / 2 - 2),
             (TARGETS['regression'](0.0), np.array([3, 3, 3, 9]), labels[:, 0], 4 + 9 + 4)):
         given = {'label_ids': given, 'is_real_example': real}
-        loss = target.losses({'logits': jnp.asarray(logits, jnp.float32)}, given)['loss']
+        loss = target.terms({'logits': jnp.asarray(logits, jnp.float32)}, given)['loss']
         assert float(loss.total) == pytest.approx(total) and float(loss.count) == 3
-    choices = TARGETS['multiple_choice'](2, 0.0).losses({'logits': jnp.array([[1.0, 2.0], [2.0, 1.0]])}, {
+    choices = TARGETS['multiple_choice'](2, 0.0).terms({'logits': jnp.array([[1.0, 2.0], [2.0, 1.0]])}, {
         'label_ids': np.array([0, 1, 0, 1]), 'is_real_example': np.ones(4, np.int32)})['accuracy']
     assert (float(choices.total), float(choices.count)) == (1, 2)
 
@@ -256,15 +314,14 @@ def test_the_gradient_of_dropout(rate):
 
 def test_where_each_dropout_stands():
     """After the embeddings' norm, on the probabilities, on what is added before each norm: with the masks drawn."""
-    model = build('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1',
-                  "model.encoder.layer_outputs=('hidden',)")
+    model = build('model.embeddings.dropout_rate=0.3', 'model.run.unroll=1', reads=tuple(('hidden', n) for n in range(3)))
     example, rngs = batch(), {'dropout': jax.random.key(1)}
     params, real = random_params(model, example), example['input_mask'] > 0
     with watch.dropout() as sites:
         encoded = model.apply({'params': params}, example, train=True, rngs=rngs, method='encode')
     hidden, _ = plain.encode(plain.tensors(params), example, watch.factors(sites))
-    for layer in range(3):
-        np.testing.assert_allclose(encoded.layers['hidden'][layer][real], hidden[layer].detach()[real], atol=2e-5)
+    for layer, expected in enumerate(hidden):
+        np.testing.assert_allclose(encoded.layers['hidden', layer][real], expected.detach()[real], atol=2e-5)
 
 
 def test_dropout_bits_are_independent():
@@ -371,7 +428,7 @@ def test_layer_norm_far_from_zero():
 def recorded_masks(**rates):
     """Which entries each dropout site of a training pass put to zero, found by Flax's own interception."""
     overrides = [f'model.{k.replace("__", ".")}={v}' for k, v in rates.items()]
-    model, example = build('model.encoder.unroll=1', 'model.embeddings.dropout_rate=0.0', *overrides), batch(padded=False)
+    model, example = build('model.run.unroll=1', 'model.embeddings.dropout_rate=0.0', *overrides), batch(padded=False)
     params = random_params(model, example)
 
     def run(seed):
@@ -466,7 +523,7 @@ def test_logits_of_bf16_are_accumulated_in_float32():
 def test_attention_scores_of_bf16_are_accumulated_in_float32():
     """Scores above 16, whose neighbours in bf16 are an eighth apart: rounded, probabilities would be out by 6 %."""
     rng, size = np.random.default_rng(0), 16
-    module = Attention(1, 0.0, 'xla', jnp.bfloat16)
+    module = Attention(1, 0.0, 'xla', False, jnp.bfloat16)
     kernel = jnp.asarray(rng.normal(size=(size, 1, 3, size)) * 1.2, jnp.float32)
     params = {'qkv': {'kernel': kernel, 'bias': jnp.zeros((1, 3, size))},
               'out': {'kernel': jnp.eye(size)[None], 'bias': jnp.zeros(size)}}
@@ -510,6 +567,16 @@ def test_no_buffer_of_all_positions_times_the_vocabulary():
     ({'encoder.num_layer': 3}, ("Unknown encoder transformer key 'num_layer'", 'num_layers')),
     ({'encoder.activation': 'gelu_fast'}, ("Unknown activation 'gelu_fast'", 'gelu_new')),
     ({'encoder.num_heads': 5}, ('hidden_size 32 is not a multiple of num_heads 5',)),
+    ({'encoder.remat': 'full'}, ('model.encoder.remat', 'model.run.remat says it')),
+    ({'encoder.kernel': 'xla'}, ('model.run.kernel says it',)),
+    ({'run.attention': 'xla'}, ("Unknown model.run key 'attention'", 'kernel')),
+    ({'run.unroll': 0}, ('model.run.unroll=0', '1 or more')),
+    ({'run.remat': 'some'}, ("Unknown remat 'some'", 'elementwise')),
+    ({'encoder.num_layers': 0}, ('model.encoder.num_layers=0', '1 or more')),
+    ({'encoder.dropout_rate': 1.5}, ('model.encoder.dropout_rate=1.5', '0 to 0.99')),
+    ({'encoder.sees': 'right'}, ("Unknown sees 'right'", 'prefix')),
+    ({'targets.bilstm_tagging': {'num_classes': 3, 'features': 'second_to_last', 'hidden_size': 5, 'dropout_rate': 0.1, 'weight': 1.0},
+      'encoder.num_layers': 1}, ('reads layer -2', 'has 1 layers')),
     ({'targets.mlmm': {'weight': 1.0}}, ("Unknown target 'mlmm'", 'mlm')),
 ])
 def test_bad_configs_name_the_choices(change, words):

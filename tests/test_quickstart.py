@@ -49,7 +49,7 @@ def run(corpus, sentencepiece_vocab, tmp_path_factory):
             f'--config.init_from={folder}/pretrain', f'--config.from_scratch={scratch}', '--config.task.label_column=package',
             f'--config.task.train_file={folder}/packages.tsv', '--config.task.dev_share=0.2', '--config.epochs=1.0',
             '--config.max_length=32', '--config.num_lengths=1'])
-        finetune.run(finetune.Job(task, finetune.read_task(task)), task, str(folder / work))
+        finetune.train_task(finetune.Job(task, finetune.read_task(task)), task, str(folder / work))
     return folder
 
 

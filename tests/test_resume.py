@@ -124,7 +124,7 @@ def test_dropout_is_on_in_the_run_that_all_others_must_equal(store_path, pretrai
         for number in (8, 9):
             rate = optimizer.learning_rate(number, num_steps=10, **config.schedule)
             batch = pretrain._make_batch(stream, phase, np.arange(phase.batch_size), number - phase.first)
-            state, found = step(state, batch, train.as_hyper(rate, models.target_weights(config.model), seed))
+            state, found = step(state, {'text': batch}, train.as_hyper(rate, models.target_weights(config.model), seed))
             metrics.append(float(found['loss'].total))
         losses[seed] = np.mean(metrics)
     written = [record['loss'] for record in map(json.loads, (pretrained / 'log.jsonl').read_text().splitlines())
@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(sto
     ('phases=((0,64,8),)', ('each 1 or more',)),
     ('seed=-1', ('seed=-1',)),
     ('mesh=(0,-1,1)', ('mesh', 'devices')),
-    ('model.dtype=bf16', ("Unknown dtype 'bf16'", 'bfloat16')),
+    ('model.run.dtype=bf16', ("Unknown dtype 'bf16'", 'bfloat16')),
 ])
 def test_what_cannot_run_is_refused(store_path, tmp_path, override, words):
     extra = ['--config.accumulation=2'] if '((6,64,7)' in override else []

@@ -238,7 +238,7 @@ def test_one_tasks_weights_under_anothers_head(model, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, start[part], tuned[part])
     heads = [params['targets_classification']['dense']['kernel'].shape[-1] for params in (tuned, start)]
     assert heads == [3, 2]
-    assert 'dev/accuracy' in finetune.run(job, c, str(tmp_path / 'second'))
+    assert 'dev/accuracy' in finetune.train_task(job, c, str(tmp_path / 'second'))
 
 
 def test_every_task_has_a_config_and_mnli_two_dev_sets(tmp_path, model):
@@ -546,7 +546,7 @@ def test_a_sweep_compiles_each_shape_once_and_takes_several_checkpoints(model, t
     for job in jobs:
         shapes = {job.data(size)['train'].batch(step, size, seed)['input_ids'].shape for size in (4, 8) for seed in (0, 1)
                   for step in range(job.data(size)['train'].steps(size))}
-        assert job.step._cache_size() == len(shapes) >= 2
+        assert job.run.step._cache_size() == len(shapes) >= 2
     assert {run[:2] for run in summary['runs']} == {'1-', '2-'}
     with (tmp_path / 'work' / 'sweep.tsv').open() as lines:
         marked = {line['run'] for line in csv.DictReader(lines, delimiter='\t') if line['chosen by']}

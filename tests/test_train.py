@@ -34,7 +34,7 @@ def one_step(model, params, example, *, accumulation=1, weights=WEIGHTS, frozen=
             if not made:
                 mesh = partition.make_mesh((1, 1, 1))
                 update = train.make_train_step(model, KEEPS_GRADIENTS, mesh, accumulation, state, frozen)
-            after, found = update(state, example, train.as_hyper(RATE, weights, seed))
+            after, found = update(state, {'text': example}, train.as_hyper(RATE, weights, seed))
             jax.effects_barrier()
             made.append((after, found, dict(sites)))
             sites.clear()
@@ -58,7 +58,7 @@ def assert_gradients(found, expected):
 def test_what_a_step_computes_with_dropout_on(packed, accumulation):
     """Loss, metrics, the gradient of every parameter and the update, with the masks that the step itself drew."""
     model = models.build('model.embeddings.dropout_rate=0.2', 'model.encoder.attention_dropout_rate=0.4',
-                         'model.encoder.unroll=1')
+                         'model.run.unroll=1')
     example = models.packed_batch() if packed else models.batch()
     example['input_ids'][0, 1] = example['masked_lm_ids'][0, 0] = models.V - 1  # the vocabulary's last
     example['next_sentence_weights'] *= (np.arange(8) % 3 > 0)[:, None]
@@ -96,7 +96,7 @@ def test_what_a_step_computes_with_dropout_on(packed, accumulation):
 
 def test_a_step_of_fine_tuning_with_frozen_embeddings():
     """The head drops its pooled vector; a row that is no example counts nothing; what is frozen stays as it was."""
-    config = models.config('model.embeddings.dropout_rate=0.3', 'model.encoder.unroll=1')
+    config = models.config('model.embeddings.dropout_rate=0.3', 'model.run.unroll=1')
     config.targets = ConfigDict({'classification': {'num_classes': 3, 'dropout_rate': 0.5, 'weight': 2.0}})
     model, example = model_parts.build(config), models.packed_batch()
     example |= {'label_ids': (np.arange(16) % 3).astype(np.int32),
@@ -119,7 +119,7 @@ def test_a_step_of_fine_tuning_with_frozen_embeddings():
 
 def test_dropout_is_a_function_of_seed_and_step():
     """The step folds its own number in: the same batch and parameters are dropped otherwise at each step and seed."""
-    model = models.build('model.embeddings.dropout_rate=0.5', 'model.encoder.unroll=1')
+    model = models.build('model.embeddings.dropout_rate=0.5', 'model.run.unroll=1')
     example = models.batch(padded=False)
     params = models.random_params(model, example, scale=0.1)
 
@@ -157,8 +157,8 @@ def test_the_host_dispatches_ahead_and_reads_only_when_a_window_ends(tmp_path):
     matrix = jnp.eye(SIZE)
     state = train.TrainState(jnp.int32(0), {'w': jnp.float32(0)}, {})
     jax.block_until_ready(slow(state, matrix))
-    state = train.fit(state, step, iter([matrix] * STEPS), num_steps=STEPS, hyper=lambda _: {'learning_rate': 0.1}, log_every=5,
-                      save_every=100, eval_every=100, evaluators={}, checkpoints=Checkpoints(tmp_path / 'checkpoints'),
+    state = train.fit(state, step, iter([matrix] * STEPS), train.Schedule(STEPS, 5, 100, 100),
+                      hyper=lambda _: {'learning_rate': 0.1}, evaluators={}, checkpoints=Checkpoints(tmp_path / 'checkpoints'),
                       writer=metrics.Writer(tmp_path, 0))
     assert float(state.params['w']) == STEPS
     assert busy == {number: number % 5 != 0 for number in range(STEPS)}  # after steps 5 and 9 the window was read
@@ -200,11 +200,11 @@ def run(record, num_steps=11, start=0, **kwargs):
         mean = metrics.Mean(np.float64(batch), np.float64(1))
         return state.replace(step=state.step + 1), {'loss': mean, 'gradient_norm': mean}
 
-    settings = {'log_every': 2, 'save_every': 4, 'eval_every': 6, 'phase_ends': (5,),
-                'hyper': lambda number: {'learning_rate': number / 100}, 'rates': lambda *found: {'share': found[:2]},
+    settings = {'hyper': lambda number: {'learning_rate': number / 100}, 'rates': lambda *found: {'share': found[:2]},
                 'evaluators': {'dev': lambda step, params: {'accuracy': step / 10}}}
     state, batches = train.TrainState(np.int32(start), {}, {}), iter(range(start, num_steps))
-    return train.fit(state, step, batches, num_steps=num_steps, checkpoints=record, writer=record, **settings | kwargs)
+    schedule = train.Schedule(num_steps, log_every=2, save_every=4, eval_every=6, phase_ends=(5,))
+    return train.fit(state, step, batches, schedule, checkpoints=record, writer=record, **settings | kwargs)
 
 
 def test_the_loop_logs_evaluates_and_saves_when_it_should():
@@ -243,6 +243,5 @@ def test_a_number_that_is_not_finite_names_its_own_step(bad, term):
         return state.replace(step=state.step + 1), means
 
     with pytest.raises(train.Diverged, match=r'step 7 \(batch number 6\): the last good checkpoint is step 4'):
-        train.fit(train.TrainState(np.int32(0), {}, {}), step, iter(range(12)), num_steps=12, log_every=4, save_every=4,
-                  eval_every=4, evaluators={}, checkpoints=record, writer=Record(),
+        train.fit(train.TrainState(np.int32(0), {}, {}), step, iter(range(12)), train.Schedule(12, 4, 4, 4), evaluators={}, checkpoints=record, writer=Record(),
                   hyper=lambda _: {'learning_rate': 0}, rates=lambda *_: {'share': 0})

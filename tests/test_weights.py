@@ -25,8 +25,7 @@ GRID = [  # sizes, activation, vocabulary and segments: no two alike, none a mul
 def load(peer, folder):
     """Our model of a peer, by way of its saved folder: the model with all hidden states, its parameters, the source."""
     source = pretrained.load(str(peers.save(peer, folder)))
-    source.model.encoder.layer_outputs = ('hidden',)
-    return models.build(source.model), source.params, source
+    return models.build(source.model, (('hidden', 0), ('hidden', 'all'))), source.params, source
 
 
 def assert_as_exact(ours, float32, float64, real=...):
@@ -46,8 +45,9 @@ def test_every_layer_and_the_pretraining_heads(sizes, tmp_path):
     both = [p(**peers.inputs(example), output_hidden_states=True) for p in (peer, exact)]
     encoded = model.apply({'params': params}, example, train=False, method='encode')
     layers = [out.hidden_states for out in both]
-    assert len(encoded.layers['hidden']) == len(layers[0]) == peer.config.num_hidden_layers + 1
-    for ours, float32, float64 in zip(encoded.layers['hidden'], *layers):
+    found = [encoded.layers['hidden', 0], *encoded.layers['hidden', 'all']]
+    assert len(found) == len(layers[0]) == peer.config.num_hidden_layers + 1
+    for ours, float32, float64 in zip(found, *layers):
         assert_as_exact(ours, float32, float64, real)
     pooled = [p.bert(**peers.inputs(example)).pooler_output for p in (peer, exact)]
     assert_as_exact(encoded.pooled[:, 0], *pooled)
@@ -129,7 +129,7 @@ def our_losses(model, params, examples, rate, name, **settings):
     step = train.make_train_step(model, tx, mesh, 1, state)
     losses = []
     for example in examples:
-        state, metrics = step(state, example, train.as_hyper(rate, {'mlm': 1.0, 'nsp': 1.0}, 0))
+        state, metrics = step(state, {'text': example}, train.as_hyper(rate, {'mlm': 1.0, 'nsp': 1.0}, 0))
         losses.append(float(metrics['loss'].total / metrics['loss'].count))
     return np.array(losses)
 

@@ -113,4 +113,9 @@ def _choose_words(candidates: np.ndarray, row_keys: np.ndarray, wanted: np.ndarr
     return np.take_along_axis(by_word, np.maximum(word, 0), 1) & candidates
 
 
-MASKINGS: dict[str, Callable] = {'token': _choose_tokens, 'whole_word': _choose_words}
+def _choose_none(candidates: np.ndarray, *_: np.ndarray) -> np.ndarray:
+    """bool [B, L]: none; for targets that read the text as it stands."""
+    return np.zeros_like(candidates)
+
+
+MASKINGS: dict[str, Callable] = {'token': _choose_tokens, 'whole_word': _choose_words, 'none': _choose_none}

@@ -202,19 +202,22 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, lengths: jax.Array | None,
-                    implementation: str) -> jax.Array:
+                    causal: bool, implementation: str) -> jax.Array:
     """Attention whose [B, H, L, L] scores never reach memory (Dao et al. 2022); without dropout.
 
     Args:
       query, key, value: [B, H, L, K].
       mask: bool [B, 1, L, L].
-      lengths: int32 [B], tokens of rows that hold one example: cheaper than the mask; None for packed rows.
+      lengths: int32 [B], tokens of rows that hold one example: with `causal` all that the mask says, and cheaper;
+        None for other masks.
+      causal: whether the mask hides what is after a position.
       implementation: 'cudnn', or 'xla' to check it by.
 
     Returns:
       [B, H, L, K]; at padding anything finite.
     """
-    which = {'mask': mask} if lengths is None else {'query_seq_lengths': lengths, 'key_value_seq_lengths': lengths}
+    which = {'mask': mask} if lengths is None else {
+        'query_seq_lengths': lengths, 'key_value_seq_lengths': lengths, 'is_causal': causal}
     mixed = jax.nn.dot_product_attention(*(one.swapaxes(1, 2) for one in (query, key, value)), **which,
                                          implementation=implementation)
     return mixed.swapaxes(1, 2)

@@ -120,13 +120,15 @@ class Attention(nn.Module):
     Attributes:
       num_heads: H; the head size K is D / H.
       attention_dropout_rate: dropout on the attention probabilities.
-      implementation: 'xla', or 'cudnn', which has no dropout.
+      kernel: 'xla', or 'cudnn', which has no dropout.
+      causal: whether the mask hides what is after a position: `lengths` do not say so.
       dtype: what is computed in; the softmax is float32 always.
     """
 
     num_heads: int
     attention_dropout_rate: float
-    implementation: str
+    kernel: str
+    causal: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -135,10 +137,10 @@ class Attention(nn.Module):
         """x [B, L, D], mask bool [B, 1, L, L] -> [B, L, D], and query, key, value [B, H, L, K]."""
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         query, key, value = (checkpoint_name(one, DENSE) for one in QueryKeyValue(heads, self.dtype, name='qkv')(x))
-        if self.implementation == 'xla':
+        if self.kernel == 'xla':
             mixed = self._mix(query, key, value, mask, train)
         else:
-            mixed = kernels.fused_attention(query, key, value, mask, lengths, self.implementation)
+            mixed = kernels.fused_attention(query, key, value, mask, lengths, self.causal, self.kernel)
         out = checkpoint_name(Output(self.dtype, name='out')(checkpoint_name(mixed, KEPT)), DENSE)
         return out, {'query': query, 'key': key, 'value': value}
 
