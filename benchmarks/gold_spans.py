@@ -9,7 +9,8 @@ answer that some annotator gave.
 import argparse
 import dataclasses
 
-from bert_jax.data import spans, tokenizer
+from bert_jax.data import tokenizer
+from bert_jax.tasks import spans
 
 
 def main():

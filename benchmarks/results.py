@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 from bert_jax import cli
-from bert_jax.data import tasks
+from bert_jax.tasks import tasks
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHOICE = 'multichoice/commonsenseqa_v1.0'

@@ -23,11 +23,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from bert_jax import cli, compiled, distributed, hardware, partition, pretrain, topology
+from bert_jax import cli, hardware, partition, pretrain, workdir
 from bert_jax.cli import UserError
 from bert_jax.data import masking
 from bert_jax.model import model as models
 from bert_jax.model import transformer
+from bert_jax.tpu import compiled, topology
 
 VOCAB_SIZE = 30522  # where the config leaves it to the tokenizer
 # (written by benchmarks/pods.py)
@@ -136,7 +137,7 @@ def measure(config: ConfigDict, devices: list[jax.Device], length: int, batch_si
         'sequences_per_second': batch_size / seconds, 'mfu': work / seconds / (known.peak_tflops * 1e12 * count),
         'collectives': compiled.collectives(step),
         'least_bytes': compiled.least_bytes(step, config, row, batch_size),
-        'code': distributed.code_version(), 'libtpu': version,
+        'code': workdir.code_version(), 'libtpu': version,
         'findings': compiled.findings(step, config, row, batch_size),
         'parameters': [list(row) for row in partition.describe(step.state.params, step.mesh)]}
 

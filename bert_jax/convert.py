@@ -19,8 +19,9 @@ import resource
 import sys
 import time
 
-from bert_jax import cli, huggingface, paths, pretrained, tf1
-from bert_jax.weights import Pretrained
+from bert_jax import cli, paths
+from bert_jax.formats import huggingface, pretrained, tf1
+from bert_jax.formats.weights import Pretrained
 
 FORMATS = ('hf', 'tf1', 'workdir')
 

@@ -11,10 +11,8 @@ preemption notice) with a checkpoint saved, or another process is gone: give the
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
-import pathlib
 import re
 import signal
 import socket
@@ -159,13 +157,6 @@ def _gather(text: str) -> list[str]:
     sizes = multihost_utils.process_allgather(np.array(len(mine)))
     padded = np.pad(mine, (0, int(sizes.max()) - len(mine)))
     return [bytes(row[:size]).decode() for row, size in zip(multihost_utils.process_allgather(padded), sizes)]
-
-
-def code_version() -> str:
-    """A hash of the package's own source, and JAX's version."""
-    files = sorted(pathlib.Path(__file__).parent.rglob('*.py'))
-    source = hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
-    return f'{source[:12]} with jax {jax.__version__}'
 
 
 def stop_notice() -> Callable[[int], bool]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from bert_jax import partition
 from bert_jax.data.batches import Batch, place, share
-from bert_jax.data.encoded import Encoded
 from bert_jax.metrics import flat, merge
+from bert_jax.tasks.tokenized import Tokenized
 
 
 def make_eval_step(model: nn.Module, mesh: jax.sharding.Mesh) -> Callable:
@@ -44,8 +44,8 @@ def evaluate(loss_step: Callable, params: Any, batches: Iterable[Batch], mesh: j
     return merge(jax.device_get([loss_step(params, place(share(batch, sharding), sharding)) for batch in batches]))
 
 
-def predict(apply: Callable[[Batch], tuple[dict[str, Any], dict[str, Any]]], data: Encoded, batch_size: int, target: str
-            ) -> tuple[dict[str, Any], float]:
+def predict(apply: Callable[[Batch], tuple[dict[str, Any], dict[str, Any]]], data: Tokenized, batch_size: int,
+            target: str) -> tuple[dict[str, Any], float]:
     """A target's outputs for every example once, in the order of the data, and the mean loss.
 
     Where the data has something to say of each token, outputs have an axis of tokens: they come as a list of arrays,

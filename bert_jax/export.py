@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from bert_jax import cli, export_example, huggingface, paths, pretrained, weights
+from bert_jax import cli, export_example, paths
 from bert_jax.cli import UserError
+from bert_jax.formats import huggingface, pretrained, weights
+from bert_jax.formats.weights import Pretrained
 from bert_jax.model import model as models
 from bert_jax.model.embeddings import padded_vocab_size
-from bert_jax.weights import Pretrained
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 EXPORTED = {'classification': 'classification', 'mlm': 'fill_mask'}  # target -> what the example does

@@ -28,14 +28,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bert_jax import cli, lock, paths, predict, pretrained, tensor_files
+from bert_jax import cli, lock, paths, predict
 from bert_jax.cli import UserError
-from bert_jax.data import encoded, store, tasks, texts
-from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
+from bert_jax.formats import pretrained, tensor_files
+from bert_jax.formats.weights import Pretrained
 from bert_jax.model import model as models
 from bert_jax.model.parts import Read
-from bert_jax.weights import Pretrained
+from bert_jax.tasks import inputs, texts, tokenized
+from bert_jax.tasks.task import Task
 
 ENDINGS = {'safetensors': 'safetensors', 'hdf5': 'h5', 'jsonl': 'jsonl'}
 POOLS = ('none', 'cls', 'mean')
@@ -68,7 +69,7 @@ def write(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.part_size < 1:
         raise UserError('--batch_size and --part_size: one or more is expected.')
     extract = Extractor(args.source, args.layers.split(','), args.pool, args.max_length)
-    rows, _ = tasks.read_inputs(args.input, 'classification', extract.task)
+    rows, _ = inputs.read(args.input, 'classification', extract.task)
     if not rows:
         raise UserError(f'{args.input}: no texts in it.')
     predict.say_empty(args.input, rows, 0)
@@ -83,7 +84,7 @@ def write(args: argparse.Namespace) -> None:
             _check_run(folder, settings | about)
             _write_parts(args, extract, rows, folder)
     except OSError as error:
-        raise store.disk_error(folder, error) from error
+        raise paths.disk_error(folder, error) from error
     print(f'{args.output}: {", ".join(extract.layers)} of {len(rows):,} texts.')
     if extract.truncated:
         cli.note(f'{extract.truncated:,} of the texts written now were cut to {extract.max_length} tokens.')
@@ -130,8 +131,9 @@ class Extractor:
     def __init__(self, source: str, layers: list[str], pool: str, max_length: int) -> None:
         model = pretrained.load(source)
         positions, count = model.model.embeddings.max_length, model.model.encoder.num_layers
-        if max_length and not encoded.SHORTEST <= max_length <= positions:
-            raise UserError(f'--max_length {max_length}: {encoded.SHORTEST} to {positions}, the positions of {source}.')
+        if max_length and not tokenized.SHORTEST <= max_length <= positions:
+            raise UserError(f'--max_length {max_length}: {tokenized.SHORTEST} to {positions}, the positions of '
+                            f'{source}.')
         self.layers, self.tokenizer, self.max_length = layers, model.tokenizer, max_length or positions
         self.step, self.task = model.about.get('step'), model.about.get('config', {}).get('task', {})
         self.model = _identity(model)

@@ -23,24 +23,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from bert_jax import (
-    checkpoint,
-    cli,
-    evaluate,
-    partition,
-    paths,
-    plots,
-    pretrained,
-    run,
-    sweep,
-    train,
-    workdir,
-)
+from bert_jax import checkpoint, cli, evaluate, partition, paths, plots, run, sweep, train, workdir
 from bert_jax.cli import UserError, unknown
-from bert_jax.data import batches, encoded, examples, glue, packed, tasks
-from bert_jax.data.task import Task, identity
+from bert_jax.data import batches
+from bert_jax.formats import pretrained
+from bert_jax.formats.weights import Pretrained
 from bert_jax.model import model as models
-from bert_jax.weights import Pretrained
+from bert_jax.tasks import glue, packed, tasks, tokenized
+from bert_jax.tasks.task import Task, identity
 
 
 def main() -> None:
@@ -109,7 +99,7 @@ class Job:
       task, kind: what is learned.
       source: the pre-trained model.
       frozen: parts of the model that stay as they are.
-      encoded: split -> its examples as ids, a row each.
+      tokenized: split -> its examples as ids, a row each.
       packed: whether several of them share a row.
       model_config: the checkpoint's embeddings and encoder, this task's target.
       run: the model in training.
@@ -123,46 +113,46 @@ class Job:
         self.model_config = describe_model(config, self.source, task)
         self.model = models.build(self.model_config)
         self.packed = config.packed and 'pooled' in self.model.targets[self.kind.target].reads
-        self.encoded = self._encode(config)
-        pretrained.check_segments(self.source.model, self.encoded.values())
-        self._data: dict[int, dict[str, encoded.Encoded]] = {}
-        most = max(len(self.encoded['train']), LARGE_BATCH)
+        self.tokenized = self._encode(config)
+        pretrained.check_segments(self.source.model, self.tokenized.values())
+        self._data: dict[int, dict[str, tokenized.Tokenized]] = {}
+        most = max(len(self.tokenized['train']), LARGE_BATCH)
         if config.batch_size > most:
             raise UserError(f'--config.batch_size={config.batch_size}: at most {most:,} are expected for '
-                            f'{len(self.encoded["train"]):,} training examples.')
-        self.run = run.assemble(config, self.model, self.encoded['train'].make(np.arange(1), 1), self.frozen)
+                            f'{len(self.tokenized["train"]):,} training examples.')
+        self.run = run.assemble(config, self.model, self.tokenized['train'].make(np.arange(1), 1), self.frozen)
         self._multiple = partition.data_devices(self.run.mesh) * config.accumulation
         data = self.data(config.batch_size)
         _print_task(config, self.task, self.kind.module.TOO_LONG, data)
         seen = pretrained.longest_seen(self.source)
-        if 0 < seen < self.encoded['train'].longest.max():
+        if 0 < seen < self.tokenized['train'].longest.max():
             cli.note(f'{config.init_from} was trained on up to {seen} tokens; the positions after that are random. '
                      f'--config.max_length={seen} stays within them.')
         self.eval_step = evaluate.make_eval_step(self.model, self.run.mesh)
         if config.best:
             self._check_best(config)
 
-    def data(self, batch_size: int) -> dict[str, encoded.Encoded]:
+    def data(self, batch_size: int) -> dict[str, tokenized.Tokenized]:
         """Split -> its examples, packed in rows of the length that suits this batch size."""
         if not self.packed:
-            return self.encoded
+            return self.tokenized
         if batch_size not in self._data:
             self._data[batch_size] = {split: packed.pack(rows, batch_size, self._multiple)
-                                      for split, rows in self.encoded.items()}
+                                      for split, rows in self.tokenized.items()}
         return self._data[batch_size]
 
     def _check_best(self, config: ConfigDict) -> None:
         """Scores the fresh model: a name that is no score is better found now than after an epoch."""
         split, _, score = config.best.partition('/')
-        splits = [split for split in self.encoded if split.startswith('dev')]
+        splits = [split for split in self.tokenized if split.startswith('dev')]
         if split not in splits:
             raise UserError(f'--config.best={config.best}: SPLIT/SCORE is expected, SPLIT one of {", ".join(splits)}.')
         values = _score(self, split, config.batch_size, 0, self.run.init(config.seed).params)
         if score not in values:
             raise unknown('score for --config.best', config.best, (f'{split}/{name}' for name in values))
 
-    def _encode(self, config: ConfigDict) -> dict[str, encoded.Encoded]:
-        def encode(split: str, lengths: tuple[int, ...]) -> encoded.Encoded:
+    def _encode(self, config: ConfigDict) -> dict[str, tokenized.Tokenized]:
+        def encode(split: str, lengths: tuple[int, ...]) -> tokenized.Tokenized:
             return self.kind.module.encode(self.task, self.task.splits[split], self.source.tokenizer, config.max_length,
                                            lengths)
 
@@ -170,7 +160,7 @@ class Job:
         if self.packed:
             return {split: encode(split, (config.max_length,)) for split in splits}
         rows = encode('train', (config.max_length,))
-        lengths = encoded.choose_lengths(rows.longest, config.max_length, config.num_lengths)
+        lengths = tokenized.choose_lengths(rows.longest, config.max_length, config.num_lengths)
         return {'train': dataclasses.replace(rows, lengths=lengths)} | {
             split: encode(split, lengths) for split in splits if split != 'train'}
 
@@ -187,8 +177,8 @@ def describe_model(config: ConfigDict, pretrained_model: Pretrained, task: Task)
     """The checkpoint's embeddings and encoder, this run's dropout (none where the encoder is frozen), the target."""
     source, target = pretrained_model.model, tasks.KINDS[task.kind].target
     options, frozen = tasks.KINDS[task.kind].options(task), frozen_parts(config, task)
-    if config.max_length < encoded.SHORTEST:
-        raise UserError(f'--config.max_length={config.max_length}: {encoded.SHORTEST} or more is expected.')
+    if config.max_length < tokenized.SHORTEST:
+        raise UserError(f'--config.max_length={config.max_length}: {tokenized.SHORTEST} or more is expected.')
     if config.max_length > source.embeddings.max_length:
         raise UserError(f'max_length {config.max_length} is longer than the position table of {config.init_from} '
                         f'({source.embeddings.max_length}).')
@@ -208,7 +198,7 @@ def describe_model(config: ConfigDict, pretrained_model: Pretrained, task: Task)
 def train_task(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
     """One run in its own workdir; returns the scores of its best checkpoint."""
     if not job.packed:
-        examples.check_batch_size(config.batch_size, partition.data_devices(job.run.mesh), config.accumulation)
+        partition.check_batch_size(config.batch_size, partition.data_devices(job.run.mesh), config.accumulation)
     with config.unlocked():
         config.model, config.data = job.model_config, ConfigDict(identity(job.task))
     with workdir.opened(path, config, job.source.tokenizer) as folder:
@@ -219,7 +209,7 @@ def train_task(job: Job, config: ConfigDict, path: str) -> dict[str, float]:
         state = _train(job, config, checkpoints.resume(_initial(job, config)), checkpoints, folder)
         best, params = _best_params(checkpoints, state, path)
         results = checkpoints.scores(best) | {'best_step': best}
-        for split in job.encoded.keys() - {'train'}:
+        for split in job.tokenized.keys() - {'train'}:
             results |= _finish(job, split, params, results, config.batch_size, folder)
         results = dict(sorted(results.items()))
         paths.write_json(folder / 'results.json', results)
@@ -244,7 +234,7 @@ def _initial(job: Job, config: ConfigDict) -> train.TrainState:
     if config.from_scratch:
         return state
     fresh = () if _keeps_head(job, config) else ('targets_',)
-    return state.replace(params=checkpoint.warm_start(state.params, job.source.params, fresh))
+    return state.replace(params=run.warm_start(state.params, job.source.params, fresh))
 
 
 def _keeps_head(job: Job, config: ConfigDict) -> bool:
@@ -281,7 +271,7 @@ def _train(job: Job, config: ConfigDict, state: train.TrainState, checkpoints: c
     every = max(1, data.steps(config.batch_size) // config.evals_per_epoch)
     num_steps = max(1, round(data.steps(config.batch_size) * config.epochs))
     schedule = train.Schedule(num_steps, config.log_every, every, every, tuple(range(every, num_steps, every)))
-    scored = {split: functools.partial(_score, job, split, config.batch_size) for split in job.encoded
+    scored = {split: functools.partial(_score, job, split, config.batch_size) for split in job.tokenized
               if split.startswith('dev')}
     return run.fit(
         job.run, config, state, lambda start: _batches(config, data, start, num_steps), schedule, folder, checkpoints,
@@ -289,7 +279,7 @@ def _train(job: Job, config: ConfigDict, state: train.TrainState, checkpoints: c
         rates=lambda done, values, per_second: {'examples_per_second': per_second * config.batch_size})
 
 
-def _batches(config: ConfigDict, data: encoded.Encoded, start: int, stop: int) -> Iterator[batches.Batch]:
+def _batches(config: ConfigDict, data: tokenized.Tokenized, start: int, stop: int) -> Iterator[batches.Batch]:
     """Batches of several lengths, so a stream of its own: tf.data wants one shape a stream."""
     return batches.thread_stream(lambda step: data.batch(step, config.batch_size, config.seed), start, stop)
 
@@ -308,7 +298,7 @@ def _score(job: Job, split: str, batch_size: int, step: int, params: Any) -> dic
     if not math.isfinite(loss):
         raise train.Diverged(f'The loss on {split} is not finite at step {step}.')
     rows, module = job.task.splits[split], job.kind.module
-    found = module.decode(job.task, rows, job.encoded[split], outputs)
+    found = module.decode(job.task, rows, job.tokenized[split], outputs)
     return {'loss': loss} | module.score(job.task, rows, outputs, found)
 
 
@@ -321,7 +311,7 @@ def _outputs(job: Job, split: str, params: Any, batch_size: int) -> tuple[dict[s
 def _finish(job: Job, split: str, params: Any, results: dict[str, float], batch_size: int, folder: epath.Path
             ) -> dict[str, float]:
     """Writes the predictions of one split; returns what its labels say of them beside the best checkpoint's scores."""
-    task, rows, module, data = job.task, job.task.splits[split], job.kind.module, job.encoded[split]
+    task, rows, module, data = job.task, job.task.splits[split], job.kind.module, job.tokenized[split]
     if 'dev/null_threshold' in results:
         task = dataclasses.replace(task, settings=task.settings | {'null_threshold': results['dev/null_threshold']})
     outputs, _ = _outputs(job, split, params, batch_size)
@@ -340,7 +330,7 @@ def _finish(job: Job, split: str, params: Any, results: dict[str, float], batch_
     return {f'{split}/{name}': value for name, value in (scores | module.baseline(task, rows)).items()}
 
 
-def _print_task(config: ConfigDict, task: Task, too_long: str, data: dict[str, encoded.Encoded]) -> None:
+def _print_task(config: ConfigDict, task: Task, too_long: str, data: dict[str, tokenized.Tokenized]) -> None:
     sizes = ', '.join(f'{len(rows):,} {split}' for split, rows in task.splits.items() if rows)
     labels = f'; labels: {", ".join(task.labels)}' if task.labels else ''
     print(f'{config.task.name}: {sizes}{labels}; {data["train"].shapes}')

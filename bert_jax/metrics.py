@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import socket
 import struct
 import sys
@@ -19,7 +20,6 @@ from etils import epath
 
 from bert_jax import cli, paths
 from bert_jax.cli import UserError
-from bert_jax.tf_bundle import masked_crc
 
 REMOTE_SECONDS = 60  # between two writes of a log to gs://
 
@@ -86,7 +86,7 @@ class Board:
         record = self._protos[0].Event(wall_time=time.time(), **contents).SerializeToString()
         size = struct.pack('<Q', len(record))
         for part in (size, record):
-            self._pending += part + struct.pack('<I', masked_crc(part))
+            self._pending += part + struct.pack('<I', paths.masked_crc(part))
 
     def flush(self) -> None:
         """Writes what is not written yet."""
@@ -179,3 +179,14 @@ def cut_back(file: epath.Path, step: int) -> None:
 def read_log(file: epath.Path) -> list[dict[str, Any]]:
     """The records of a log."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+SCORES = re.compile(r'loss|accuracy|matthews|spearman|exact|f1(?!\[)')  # but those of single classes
+SPEEDS = {'padding': 'padding {:.1%}', 'tokens_per_second': '{:,.0f} tokens/s', 'mfu': 'MFU {:.1%}'}
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """Metrics in a line for people."""
+    shown = [f'{name} {value:.4f}' for name, value in values.items() if SCORES.search(name)]
+    shown += [form.format(values[name]) for name, form in SPEEDS.items() if name in values]
+    return ', '.join(shown)

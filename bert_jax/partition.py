@@ -242,3 +242,11 @@ def logical_axes(mesh: Mesh, split_batch: bool = True) -> Iterator[None]:
     rules = tuple((name, axes) for name, axes in LOGICAL_RULES if split_batch or name != 'batch')
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
         yield
+
+
+def check_batch_size(batch_size: int, devices: int, accumulation: int) -> None:
+    """Raises UserError when a batch cannot be cut evenly."""
+    if batch_size < 1 or accumulation < 1 or batch_size % (devices * accumulation):
+        unit = max(1, devices * accumulation)
+        raise UserError(f'A batch of {batch_size} is not divisible by {devices} devices '
+                        f'x {accumulation} micro-batches; the nearest is {max(1, round(batch_size / unit)) * unit}.')

@@ -1,8 +1,10 @@
 """Files on a local disk or on gs://, written so that a reader never sees half of one."""
 
 import contextlib
+import errno
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import google_crc32c
 from etils import epath
 from etils.epath import gpath
 
@@ -156,3 +159,16 @@ def _remove(folder: pathlib.Path) -> None:
         time.sleep(0.05)
         if not folder.exists():
             return
+
+
+def masked_crc(content: bytes) -> int:
+    """The CRC-32C of a part of a TensorFlow file, as TensorFlow writes it there."""
+    crc = google_crc32c.value(content)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def disk_error(path: str | os.PathLike, error: OSError) -> UserError:
+    """What to tell the user when a write failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f'{path}: no space left on the disk; free some and run the same command again.')
+    return UserError(f'{path}: cannot be written ({error.strerror}).')

@@ -35,13 +35,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from bert_jax import cli, evaluate, pretrained, scores
+from bert_jax import cli, evaluate
 from bert_jax.cli import UserError
-from bert_jax.data import packed, tables, tasks, texts
 from bert_jax.data import tokenizer as tokenizers
-from bert_jax.data.task import Task
+from bert_jax.formats import pretrained
+from bert_jax.formats.weights import Pretrained
 from bert_jax.model import model as models
-from bert_jax.weights import Pretrained
+from bert_jax.tasks import inputs, packed, scores, tables, tasks, texts
+from bert_jax.tasks.task import Task
 
 MASK = '[MASK]'
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # programs are compiled for these, as they are needed
@@ -101,7 +102,7 @@ class Predictor:
 
     def predict(self, rows: list[Any], top_k: int = 5, batch_size: int = 32, null_threshold: float | None = None
                 ) -> list[dict[str, Any]]:
-        """As a call, of examples that are read already (`tasks.read_inputs`)."""
+        """As a call, of examples that are read already (`inputs.read`)."""
         module = self._module
         batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())
         if self.kind == 'fill_mask':
@@ -133,13 +134,13 @@ class Predictor:
         Raises:
           UserError: an input of another shape; `where` is its file and line, if it has one.
         """
-        row = tasks.parsed(self._module, self.kind, value, where)
+        row = inputs.parsed(self._module, self.kind, value, where)
         self.check(row)
         return row
 
     def read(self, file: str) -> tuple[list[Any], int]:
-        """The examples of a file, and how many lines are none; see `tasks.read_inputs`."""
-        rows, left_out = tasks.read_inputs(file, self.kind, self._task)
+        """The examples of a file, and how many lines are none; see `inputs.read`."""
+        rows, left_out = inputs.read(file, self.kind, self._task)
         for row in rows:
             if self.kind != 'fill_mask' or row.text.strip():
                 self.check(row)

@@ -18,7 +18,6 @@ number of workers. Documents go to the held-out side by a hash of their text.
 import collections
 import concurrent.futures
 import dataclasses
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -123,7 +122,7 @@ def _write_store(writer: '_Writer', tok: tokenizer.Tokenizer, names: list[str], 
             writer.remove()
         raise
     except OSError as error:
-        raise store.disk_error(path, error) from error
+        raise paths.disk_error(path, error) from error
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(f'{path}: a worker process died (out of memory?); the same command goes on from here, '
                         'with fewer --workers if need be.') from error
@@ -232,7 +231,7 @@ def encode_documents(documents: list[list[str]], tok: tokenizer.Tokenizer, held_
     of_document = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
     lengths, of_document = _cut_long(lengths, of_document)
     lengths, of_document = lengths[lengths > 0], of_document[lengths > 0]
-    chosen = np.array([is_held_out(document, held_out) for document in documents], bool)
+    chosen = np.array([store.is_held_out(document, held_out) for document in documents], bool)
     counts = collections.Counter(unknown=int((tokens == tok.unk_id).sum()))
     chunks = {}
     for split, side in (('train', False), ('held_out', True)):
@@ -244,13 +243,6 @@ def encode_documents(documents: list[list[str]], tok: tokenizer.Tokenizer, held_
             chunks[f'{split}.{part}'] = array.tobytes()
             counts[f'{split}_{part}'] = len(array)
     return EncodedBlock(chunks, counts)
-
-
-def is_held_out(document: list[str], share: float) -> bool:
-    """Whether a document is held out: by its text alone, so the same in every store."""
-    text = ' '.join(' '.join(document).split())
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, 'little') < share * 2**64
 
 
 def _cut_long(lengths: np.ndarray, of_document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

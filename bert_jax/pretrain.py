@@ -26,7 +26,6 @@ from bert_jax import (
     partition,
     paths,
     plots,
-    pretrained,
     run,
     startup,
     train,
@@ -35,6 +34,7 @@ from bert_jax import (
 from bert_jax.cli import UserError, choose
 from bert_jax.data import batches, examples, masking, store
 from bert_jax.data import tokenizer as tokenizers
+from bert_jax.formats import pretrained
 from bert_jax.model import model as models
 
 
@@ -77,7 +77,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, float]:
         clock.done('data')
         state = assembled.init(config.seed)
         if source is not None:
-            state = state.replace(params=checkpoint.warm_start(state.params, source))
+            state = state.replace(params=run.warm_start(state.params, source))
             del source
         checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', config.keep_checkpoints)
         state = checkpoints.resume(state)
@@ -138,7 +138,7 @@ def load_stores(config: ConfigDict, path: str) -> list[store.Store]:
     except UserError as error:
         stores, said = [], str(error)
     facts = {f'config.{key}': repr(value) for key, value in workdir.flat(config.to_dict()).items() if key != 'store'}
-    distributed.agree(facts | {'the workdir': path, 'the code': distributed.code_version(),
+    distributed.agree(facts | {'the workdir': path, 'the code': workdir.code_version(),
                                'the store': said or ','.join(data.info['sha256'][:12] for data in stores)})
     if said:
         raise UserError(said)
@@ -221,7 +221,7 @@ def check(config: ConfigDict) -> None:
 def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Refuses batches that the mesh cannot cut evenly."""
     for _, _, size in config.phases:
-        examples.check_batch_size(size, partition.data_devices(mesh), config.accumulation)
+        partition.check_batch_size(size, partition.data_devices(mesh), config.accumulation)
 
 
 def phase_batches(config: ConfigDict, phases: list[Phase], streams: dict[int, examples.Stream], start: int,

@@ -11,8 +11,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from bert_jax import checkpoint, distributed, metrics, optimizer, partition, train
+from bert_jax.cli import UserError
 from bert_jax.data import batches
 from bert_jax.model import model as models
+
+OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack or have besides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +87,38 @@ def fit(run: Run, config: ConfigDict, state: train.TrainState, made: Callable[[i
                           checkpoints=checkpoints, writer=writer, **kwargs)
     writer.close()
     return state
+
+
+def warm_start(params: Any, source: Any, fresh: tuple[str, ...] = ()) -> Any:
+    """`params` with all that `source` has of them; says what stays fresh and what is left behind.
+
+    Embeddings and encoder must agree name by name and shape by shape. The pooler and the targets are
+    taken where both sides have them, except those whose names begin with one of `fresh`.
+
+    Raises:
+      UserError: an array of the core missing, left over, or of another shape; each is named.
+    """
+    wanted, given = _flat(params), _flat(source)
+    taken = {name for name in wanted.keys() & given.keys() if not name.startswith(fresh)}
+    problems = [f'{name} is missing from the checkpoint' for name in sorted(wanted.keys() - given.keys())
+                if not name.startswith(OPTIONAL)]
+    problems += [f'{name} is in the checkpoint only' for name in sorted(given.keys() - wanted.keys())
+                 if not name.startswith(OPTIONAL)]
+    problems += [f'{name} is {given[name].shape} in the checkpoint, {wanted[name].shape} here'
+                 for name in sorted(taken) if given[name].shape != wanted[name].shape]
+    if problems:
+        raise UserError('The checkpoint does not fit the model: ' + '; '.join(problems) + '.')
+    for what, names in (('fresh', wanted.keys() - taken), ('left behind', given.keys() - taken)):
+        if names:
+            print(f'warm start, {what}: ' + ', '.join(sorted({name.partition("/")[0] for name in names})))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (jax.device_put(given[_name(path)], leaf.sharding, may_alias=False)  # a step eats its state
+                            if _name(path) in taken else leaf), params)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: tuple) -> str:
+    return '/'.join(key.key for key in path)

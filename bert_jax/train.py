@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ import optax
 from bert_jax import memory, optimizer, partition
 from bert_jax.checkpoint import Checkpoints
 from bert_jax.cli import Stopped, UserError, progress
-from bert_jax.metrics import Mean, Writer, flat, merge
+from bert_jax.metrics import Mean, Writer, describe, flat, merge
 
 Batch = dict[str, jax.Array]
 Parts = dict[str, Batch]  # a batch of each source
@@ -295,17 +294,6 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Parts], schedule: S
     bar.close()
     checkpoints.wait()
     return state
-
-
-SCORES = re.compile(r'loss|accuracy|matthews|spearman|exact|f1(?!\[)')  # but those of single classes
-SPEEDS = {'padding': 'padding {:.1%}', 'tokens_per_second': '{:,.0f} tokens/s', 'mfu': 'MFU {:.1%}'}
-
-
-def describe(values: Mapping[str, float]) -> str:
-    """Metrics in a line for people."""
-    shown = [f'{name} {value:.4f}' for name, value in values.items() if SCORES.search(name)]
-    shown += [form.format(values[name]) for name, form in SPEEDS.items() if name in values]
-    return ', '.join(shown)
 
 
 def _must_be_finite(window: list[dict[str, Mean]], done: int, checkpoints: Checkpoints) -> None:

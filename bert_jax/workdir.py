@@ -9,7 +9,9 @@
 """
 
 import contextlib
+import hashlib
 import json
+import pathlib
 import platform
 import sys
 from collections.abc import Iterator
@@ -156,3 +158,10 @@ def flat(described: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     for key, value in described.items():
         found |= flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}
     return found
+
+
+def code_version() -> str:
+    """A hash of the package's own source, and JAX's version."""
+    files = sorted(pathlib.Path(__file__).parent.rglob('*.py'))
+    source = hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
+    return f'{source[:12]} with jax {jax.__version__}'

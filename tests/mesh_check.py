@@ -18,8 +18,9 @@ import optax
 from ml_collections import ConfigDict
 
 from bert_jax import evaluate, optimizer, partition, train
-from bert_jax.data import batches, encoded, packed
+from bert_jax.data import batches
 from bert_jax.model import model as model_parts
+from bert_jax.tasks import packed, tokenized
 
 STEPS = 10
 SETTINGS = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-6, 'weight_decay': 0.01, 'clip_norm': 1.0, 'bias_correction': True}
@@ -134,7 +135,7 @@ def evaluation(what, devices, batch_size):
     of_rows = {'label_ids': rng.integers(0, 3, 29).astype(np.int32)}
     of_tokens = {'label_ids': rng.integers(0, 3, sum(size for _, size in rows)).astype(np.int32)}
     target, labels = ('tagging', {'labels': {}, 'token_labels': of_tokens}) if what == 'tags' else ('classification', {'labels': of_rows})
-    data = encoded.collect(rows, **labels, pad_id=0, lengths=(6, 8, 14))
+    data = tokenized.collect(rows, **labels, pad_id=0, lengths=(6, 8, 14))
     data = packed.pack(data, batch_size, devices) if what == 'packed' else data
     config = models.config()
     config.targets = ConfigDict({target: {'num_classes': 3, 'dropout_rate': 0.0, 'weight': 1.0}})

@@ -28,8 +28,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bert_jax import cli, evaluate, optimizer, partition, train
-from bert_jax.data import encoded, examples, packed, store
+from bert_jax.data import examples, store
 from bert_jax.model import model as models
+from bert_jax.tasks import packed, tokenized
 
 ROOT = pathlib.Path(__file__).parent.parent
 RATE, STEPS, B, L, V = 0.1, 5, 8, 32, 97
@@ -61,7 +62,7 @@ def labelled():
     """61 texts and pairs of three classes."""
     rng = np.random.default_rng(1)
     rows = [(rng.integers(5, V, size).tolist(), int(rng.integers(2, size + 1))) for size in rng.integers(3, 17, 61)]
-    return encoded.collect(rows, {'label_ids': rng.integers(0, 3, 61).astype(np.int32)}, pad_id=0, lengths=(16,))
+    return tokenized.collect(rows, {'label_ids': rng.integers(0, 3, 61).astype(np.int32)}, pad_id=0, lengths=(16,))
 
 
 def parameters(model, example):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from bert_jax import checkpoint
+from bert_jax import checkpoint, run
 from bert_jax.cli import UserError
 
 
@@ -218,18 +218,18 @@ def zeros(tree):
 def test_a_warm_start_takes_all_both_have_and_says_the_rest(capsys):
     wanted = zeros(params(targets_new={'w': jnp.zeros(5)}))
     del wanted['targets_mlm']
-    got = checkpoint.warm_start(wanted, params())
+    got = run.warm_start(wanted, params())
     assert same({k: got[k] for k in ('embeddings', 'encoder', 'pooler')}, {k: params()[k] for k in ('embeddings', 'encoder', 'pooler')})
     assert not got['targets_new']['w'].any()
     assert capsys.readouterr().out.splitlines() == ['warm start, fresh: targets_new', 'warm start, left behind: targets_mlm']
-    fresh = checkpoint.warm_start(zeros(params()), params(), fresh=('targets_',))
+    fresh = run.warm_start(zeros(params()), params(), fresh=('targets_',))
     assert not fresh['targets_mlm']['bias'].any()
 
 
 def test_anything_else_missing_left_over_or_misshapen_is_named():
     source = params(encoder={'v': jnp.ones(1)}, embeddings={'token': jnp.ones((5, 2))})
     with pytest.raises(UserError) as error:
-        checkpoint.warm_start(params(), source)
+        run.warm_start(params(), source)
     for words in ('encoder/w is missing from the checkpoint', 'encoder/v is in the checkpoint only',
                   'embeddings/token is (5, 2) in the checkpoint, (4, 2) here'):
         assert words in str(error.value)

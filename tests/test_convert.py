@@ -18,8 +18,9 @@ import torch
 import transformers
 from conftest import ROOT, call_module, expect_error, run_module
 
-from bert_jax import cli, convert, pretrained, tf_bundle
+from bert_jax import cli, convert
 from bert_jax.cli import UserError
+from bert_jax.formats import pretrained, tf_bundle
 
 ORIGINAL = {  # google-research/bert, modeling.py: name -> shape as a function of sizes, written down from its code
     'bert/embeddings/word_embeddings': lambda s: (s['V'], s['D']),
@@ -255,8 +256,8 @@ def test_our_own_model_goes_out_and_comes_back(pretrained, tmp_path):
 
 
 def test_tokenizers_of_hugging_face_folders_equal_ours(vocab, sentencepiece_vocab, corpus, tmp_path):
-    from bert_jax import huggingface
     from bert_jax.data import tokenizer as tokenizers
+    from bert_jax.formats import huggingface
 
     lines = [*corpus.read_text().splitlines()[:2000], '  two  spaces ', 'Ｆｕｌｌ width, naïve café — ½ ﬁ', '한국어 中文', '']
     for name, path in (('wordpiece', vocab), ('sentencepiece', sentencepiece_vocab)):

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY, call_module
 
-ENTRY_POINTS = ('vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features', 'data.glue', 'compile_check')
+ENTRY_POINTS = ('vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features', 'tasks.glue', 'compile_check')
 
 
 def blocks(path, language):
@@ -38,13 +38,20 @@ def test_help_explains_itself_with_an_example(name):
 
 
 def test_readme_names_every_file_once_and_no_other():
+    """Each under its own folder: a name is not enough, since folders share some."""
     text = (ROOT / 'README.md').read_text()
-    map_ = text[text.index('## The map'):]
-    named = set(re.findall(r'\b([a-z0-9_]+\.py)\b', map_))
-    there = {p.name for p in (ROOT / 'bert_jax').rglob('*.py')} - {'__init__.py'}
-    assert there <= named, there - named
-    config_files = {p.name for p in (ROOT / 'configs').glob('*.py')} | {p.name for p in (ROOT / 'benchmarks').glob('*.py')}
-    assert named - there <= config_files | {'__init__.py'}, named - there
+    map_ = re.search(r'## The map.*?```\n(.*?)```', text, re.DOTALL).group(1)
+    named, folders = [], {}
+    for line in map_.splitlines():
+        indent = len(line) - len(line.lstrip())
+        folders = {depth: name for depth, name in folders.items() if depth < indent}
+        folder = re.match(r' *([a-z_]+)/', line)
+        if folder:
+            folders[indent] = folder.group(1)
+        within = pathlib.Path(*(folders[depth] for depth in sorted(folders)))
+        named += [str(within / name) for name in re.findall(r'(?<![\w./])([a-z0-9_]+\.py)\b', line)]
+    there = [str(p.relative_to(ROOT)) for part in ('bert_jax', 'configs', 'benchmarks') for p in (ROOT / part).rglob('*.py')]
+    assert sorted(named) == sorted(name for name in there if not name.endswith('__init__.py'))
 
 
 def test_readme_commands_name_modules_configs_and_keys_that_exist():

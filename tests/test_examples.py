@@ -379,7 +379,7 @@ def test_draws_are_uniform_and_independent():
 
 def test_a_batch_that_cannot_be_cut_names_one_that_can():
     with pytest.raises(UserError, match='batch of 30 is not divisible by 4 devices x 2 micro-batches; .* 32'):
-        examples.check_batch_size(30, 4, 2)
+        partition.check_batch_size(30, 4, 2)
 
 
 def test_unknown_masking_lists_the_known(store):

@@ -14,10 +14,12 @@ import sklearn.metrics
 from conftest import call_module, expect_error, run_module
 
 import bert_jax
-from bert_jax import cli, convert, finetune, pretrained, train
+from bert_jax import cli, convert, finetune, train
 from bert_jax.cli import UserError
-from bert_jax.data import tables, tasks, texts, tokenizer
-from bert_jax.data.task import Task
+from bert_jax.data import tokenizer
+from bert_jax.formats import pretrained
+from bert_jax.tasks import tables, tasks, texts
+from bert_jax.tasks.task import Task
 
 WORDS = {'spam': 'raise exception error traceback', 'ham': 'import module package name', 'eggs': 'sequence list tuple item'}
 

@@ -17,9 +17,11 @@ import transformers
 from conftest import call_module, expect_error
 from test_convert import describe_tf1, original, spoil_config, tensors
 
-from bert_jax import checkpoint, convert, export, features, huggingface, paths, predict, pretrained, tf_bundle
+from bert_jax import checkpoint, convert, export, features, paths, predict
 from bert_jax.cli import UserError
-from bert_jax.data import texts, tokenizer
+from bert_jax.data import tokenizer
+from bert_jax.formats import huggingface, pretrained, tf_bundle
+from bert_jax.tasks import texts
 
 POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n'
 CASED = [*peers.SPECIALS, 'Go', 'go', 'É', 'é', 'E', 'e', 'Café', 'café', 'Cafe', 'cafe', '中', '##国', '中国', '<s>', '[new]', '##s', ',']

@@ -14,9 +14,10 @@ import pytest
 from conftest import expect_error, run_module
 from ml_collections import ConfigDict
 
-from bert_jax import cli, compile_check, hardware, hlo, partition, topology, train
-from bert_jax import compiled as check
+from bert_jax import cli, compile_check, hardware, partition, train
 from bert_jax.cli import UserError
+from bert_jax.tpu import compiled as check
+from bert_jax.tpu import hlo, topology
 
 LIBTPU = importlib.util.find_spec('libtpu') is not None
 

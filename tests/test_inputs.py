@@ -14,10 +14,11 @@ import peers
 import pytest
 from test_tables import classes, records, sets, write
 
-from bert_jax import features, predict, pretrained
+from bert_jax import features, predict
 from bert_jax.cli import UserError
-from bert_jax.data import choices, glue, labels, tables, tasks, texts
-from bert_jax.data.task import Task
+from bert_jax.formats import pretrained
+from bert_jax.tasks import choices, glue, inputs, labels, tables, tasks, texts
+from bert_jax.tasks.task import Task
 
 ZEROS = [[0, 0, 1], [1, 0, 0], [0, 1, 1]]
 
@@ -109,15 +110,15 @@ def test_nan_is_no_text(tmp_path):
 def test_a_tagger_reads_the_columns_that_it_was_trained_on(tmp_path):
     """CoNLL-U has numbers in its first column."""
     file = write(tmp_path / 'a.conllu', '1\tAnna\tB-PER\n2\truns\tO\n')
-    rows, _ = tasks.read_inputs(file, 'tagging', {'name': 'tagging', 'word_column': '1', 'tag_column': '2', 'scheme': 'iob2'})
+    rows, _ = inputs.read(file, 'tagging', {'name': 'tagging', 'word_column': '1', 'tag_column': '2', 'scheme': 'iob2'})
     assert [row.words for row in rows] == [('Anna', 'runs')]
     shutil.copy(file, tmp_path / 'a.tsv')
-    rows, _ = tasks.read_inputs(str(tmp_path / 'a.tsv'), 'tagging', {'name': 'tagging', 'word_column': '-2', 'tag_column': '2'})
+    rows, _ = inputs.read(str(tmp_path / 'a.tsv'), 'tagging', {'name': 'tagging', 'word_column': '-2', 'tag_column': '2'})
     assert [row.words for row in rows] == [('Anna', 'runs')]
 
 
 def pairs_of(file, settings):
-    rows, _ = tasks.read_inputs(file, 'classification', settings)
+    rows, _ = inputs.read(file, 'classification', settings)
     return [(row.text, row.pair) for row in rows]
 
 
@@ -196,7 +197,7 @@ def test_json_that_python_does_not_read_is_an_error_with_its_line(line, tmp_path
 @pytest.mark.parametrize('name, content', [('a.txt', b'one\rtwo\rthree\r'), ('a.tsv', b'a\tb\rc\td\re\tf\r'), ('a.conll', b'a O\rb B-X\rc O\r')])
 def test_lines_that_end_as_on_old_macs_are_refused(name, content, tmp_path):
     with pytest.raises(UserError, match='carriage returns'):
-        tasks.read_inputs(write(tmp_path / name, content), 'tagging' if name == 'a.conll' else 'classification', {})
+        inputs.read(write(tmp_path / name, content), 'tagging' if name == 'a.conll' else 'classification', {})
     file = write(tmp_path / 'a.csv', b'text,label\ra,x\r"b\nc",y\r')
     assert records(file) == pandas.read_csv(file).to_dict('records')
 

@@ -15,7 +15,7 @@ import nbformat
 import peers
 from conftest import ROOT
 
-from bert_jax.data import glue
+from bert_jax.tasks import glue
 
 NOTEBOOK = ROOT / 'launch' / 'colab.ipynb'
 

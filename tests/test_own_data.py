@@ -14,8 +14,8 @@ from test_tasks import config, json_lines, make, model, table  # noqa: F401 - mo
 
 from bert_jax import cli, finetune, plots
 from bert_jax.cli import UserError
-from bert_jax.data import choices, glue, spans, tags, tasks
-from bert_jax.data.task import Task
+from bert_jax.tasks import choices, glue, spans, tags, tasks
+from bert_jax.tasks.task import Task
 
 WORDS, TAGS = (['EU', 'rejects', 'German', 'call'], ['Peter', 'Blackburn']), (['B-ORG', 'O', 'B-MISC', 'O'], ['B-PER', 'I-PER'])
 

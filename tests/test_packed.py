@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from bert_jax import evaluate, partition
-from bert_jax.data import encoded, packed, packing
+from bert_jax.data import packing
 from bert_jax.metrics import Mean
 from bert_jax.model import model as model_parts
+from bert_jax.tasks import packed, tokenized
 
 TARGETS = {'classification': ({'num_classes': 3}, lambda n, rng: rng.integers(0, 3, n).astype(np.int32)),
            'multilabel': ({'num_classes': 4}, lambda n, rng: rng.integers(0, 2, (n, 4)).astype(np.float32)),
@@ -32,7 +33,7 @@ def examples(kind, count=29):
     labels = {'label_ids': TARGETS[kind][1](count * group, rng)}
     if group > 1:
         labels['is_real_example'] = np.where(np.arange(count * group) % 9 == 8, 0, 1).astype(np.int32)
-    return encoded.collect(rows, labels, pad_id=0, lengths=(16,), group=group)
+    return tokenized.collect(rows, labels, pad_id=0, lengths=(16,), group=group)
 
 
 def build(kind):
@@ -66,7 +67,7 @@ def test_a_packed_batch_is_the_batch(kind, multiple):
 def test_every_example_once_an_epoch_in_one_shape_with_little_padding(multiple):
     sizes = np.clip(np.random.default_rng(0).geometric(0.1, 3000) + 3, 4, 60)
     rows = [(np.full(size, number % 60 + 5).tolist(), int(size)) for number, size in enumerate(sizes)]
-    data = packed.pack(encoded.collect(rows, {'label_ids': np.arange(3000).astype(np.int32)}, pad_id=0, lengths=(64,)), 32, multiple)
+    data = packed.pack(tokenized.collect(rows, {'label_ids': np.arange(3000).astype(np.int32)}, pad_id=0, lengths=(64,)), 32, multiple)
     for epoch in (0, 1):
         batches = [data.batch(epoch * data.steps(32) + step, 32, seed=3) for step in range(data.steps(32))]
         assert len({batch['input_ids'].shape for batch in batches}) == 1 and batches[0]['input_ids'].shape[0] % multiple == 0
@@ -85,7 +86,7 @@ def texts(count, seed=0):
     """Texts of many lengths, the numbers of the rows as their labels."""
     rng = np.random.default_rng(seed)
     rows = [(np.full(size, number % 60 + 5).tolist(), 3) for number, size in enumerate(rng.integers(4, 41, count))]
-    return encoded.collect(rows, {'label_ids': np.arange(count).astype(np.int32)}, pad_id=0, lengths=(16, 32, 48))
+    return tokenized.collect(rows, {'label_ids': np.arange(count).astype(np.int32)}, pad_id=0, lengths=(16, 32, 48))
 
 
 @pytest.mark.parametrize('make', [texts, lambda count: packed.pack(texts(count), 8, 1)], ids=['apart', 'packed'])
@@ -131,7 +132,7 @@ def test_a_batch_of_groups_against_a_plain_loop():
     rng, sizes = np.random.default_rng(0), [5, 9, 3, 7, 16, 4]
     rows, tags = [(rng.integers(5, 60, size).tolist(), 1 + size // 2) for size in sizes], rng.integers(0, 3, sum(sizes))
     labels = rng.normal(size=(6, 2)).astype(np.float32)
-    data = encoded.collect(rows, {'label_ids': labels}, pad_id=4, lengths=(8, 12, 16), group=2,
+    data = tokenized.collect(rows, {'label_ids': labels}, pad_id=4, lengths=(8, 12, 16), group=2,
                            token_labels={'tags': tags.astype(np.int32)})
     assert len(data) == 3 and data.longest.tolist() == [9, 7, 16]
     for examples, length in (([1, 0], 12), ([1], 8), ([2, 1], 16)):
@@ -174,7 +175,7 @@ def test_predictions_are_of_every_example_once_in_its_place(batch_size, together
 def test_predictions_of_tokens_are_cut_to_their_rows():
     rows = [(list(range(5, 5 + size)), size) for size in (9, 4, 6, 5, 12)]
     ids = np.array([token for row, _ in rows for token in row], np.int32)
-    data = encoded.collect(rows, {}, pad_id=0, lengths=(8, 16), token_labels={'label_ids': ids})
+    data = tokenized.collect(rows, {}, pad_id=0, lengths=(8, 16), token_labels={'label_ids': ids})
     outputs, _ = evaluate.predict(lambda batch: ({'t': {'logits': batch['label_ids'] + 1}}, {}), data, 2, 't')
     assert [one.tolist() for one in outputs['logits']] == [[token + 1 for token in row] for row, _ in rows]
 

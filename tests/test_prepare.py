@@ -35,7 +35,7 @@ def test_the_store_holds_the_text(corpus, vocab, store):
     reader, tok = corpora.Reader(), tokenizer.load(vocab)
     documents = [d for block in reader.blocks(str(corpus)) for d in reader.documents(block)]
     for split, side in ((store.train, False), (store.held_out, True)):
-        mine = [d for d in documents if prepare.is_held_out(d, 0.15) == side]
+        mine = [d for d in documents if stores.is_held_out(d, 0.15) == side]
         assert len(mine) == len(split.document_lengths) > 2
         assert split.tokens.tolist() == [i for d in mine for s in d for i in tok.encode(s)]
         assert split.document_lengths.tolist() == [len(d) for d in mine]
@@ -46,10 +46,10 @@ def test_the_store_holds_the_text(corpus, vocab, store):
 
 def test_a_document_is_on_the_same_side_in_every_store():
     document = ['A text.', 'Of two sentences.']
-    shares = [share for share in np.linspace(0.01, 0.99, 99) if prepare.is_held_out(document, share)]
+    shares = [share for share in np.linspace(0.01, 0.99, 99) if stores.is_held_out(document, share)]
     assert shares == sorted(shares) and shares[-1] > 0.98  # once held out, held out at every larger share
-    assert prepare.is_held_out(document, shares[0]) == prepare.is_held_out(['A  text. Of', 'two sentences.'], shares[0])
-    held = np.mean([prepare.is_held_out([f'document {i}'], 0.2) for i in range(5000)])
+    assert stores.is_held_out(document, shares[0]) == stores.is_held_out(['A  text. Of', 'two sentences.'], shares[0])
+    held = np.mean([stores.is_held_out([f'document {i}'], 0.2) for i in range(5000)])
     assert abs(held - 0.2) < 0.02
 
 

@@ -9,8 +9,7 @@ import pytest
 import torchmetrics
 from seqeval.metrics.sequence_labeling import get_entities
 
-from bert_jax import scores
-from bert_jax.data import tag_schemes
+from bert_jax.tasks import scores, tag_schemes
 
 WORDS = ['the', 'a', 'An', 'cat', 'Cat.', 'sat', '"mat"', '12,5', '', 'é', 'B.C.', '--']
 

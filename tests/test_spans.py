@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from bert_jax import cli, scores
+from bert_jax import cli
 from bert_jax.cli import UserError
-from bert_jax.data import spans, tasks
-from bert_jax.data.task import Task
+from bert_jax.tasks import inputs, scores, spans, tasks
+from bert_jax.tasks.task import Task
 
 SETTINGS = {'stride': 128, 'max_query_length': 64}
 
@@ -78,7 +78,7 @@ def normalized(text):
 def test_a_squad_file_is_predicted_however_it_is_laid_out(tmp_path, indent):
     (tmp_path / 'a.json').write_text(json.dumps({'data': [{'paragraphs': [{'context': 'a b c', 'qas': [
         {'id': 'x', 'question': 'which?', 'answers': []}]}]}]}, indent=indent))
-    (row,), left_out = tasks.read_inputs(str(tmp_path / 'a.json'), 'span', {'name': 'squad2'})
+    (row,), left_out = inputs.read(str(tmp_path / 'a.json'), 'span', {'name': 'squad2'})
     assert (row.id, row.text, row.passage, left_out) == ('x', 'which?', 'a b c', 0)
 
 

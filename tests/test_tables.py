@@ -17,9 +17,9 @@ from test_tasks import config, make, model  # noqa: F401 - model is a fixture
 
 from bert_jax import finetune, predict
 from bert_jax.cli import UserError
-from bert_jax.data import choices, tables, tags, tasks, texts
-from bert_jax.data import labels as labels_
-from bert_jax.data.task import Task
+from bert_jax.tasks import choices, inputs, tables, tags, tasks, texts
+from bert_jax.tasks import labels as labels_
+from bert_jax.tasks.task import Task
 
 
 def write(path, content):
@@ -55,7 +55,7 @@ def test_a_lone_carriage_return_ends_no_line(tmp_path):
     assert records(write(tmp_path / 'a.csv', 'a,b\r\n"x\ry",z\r\n')) == [{'a': 'x\ry', 'b': 'z'}]
     (sentence,) = tags.read(write(tmp_path / 'a.conll', 'x\ry O\n'), '', '', 'iob2', labelled=False)
     assert sentence.words == ('x\ry',)
-    rows, _ = tasks.read_inputs(write(tmp_path / 'a.txt', 'one\rstill one\r\ntwo\n'), 'classification', {})
+    rows, _ = inputs.read(write(tmp_path / 'a.txt', 'one\rstill one\r\ntwo\n'), 'classification', {})
     assert [row.text for row in rows] == ['one\rstill one', 'two']
 
 
@@ -131,10 +131,10 @@ def test_what_is_predicted_is_read_as_what_was_trained_on(tmp_path):
     for name, content in (('a.csv', TABLE), ('a.jsonl', ''.join(json.dumps({'review': text}) + '\n' for text in want)),
                           ('a.json', ''.join(json.dumps({'text': text}) + '\n' for text in want)),
                           ('a.txt', ''.join(json.dumps({'review': text, 'id': 1}) + '\n' for text in want))):
-        rows, left_out = tasks.read_inputs(write(tmp_path / name, content), 'classification', settings)
+        rows, left_out = inputs.read(write(tmp_path / name, content), 'classification', settings)
         assert [row.text for row in rows] == want and not left_out and rows[0].where.startswith(str(tmp_path / name)), name
     with pytest.raises(UserError, match="no column 'review'; there are: id, body"):
-        tasks.read_inputs(write(tmp_path / 'b.csv', 'id,body\n1,x\n'), 'classification', settings)
+        inputs.read(write(tmp_path / 'b.csv', 'id,body\n1,x\n'), 'classification', settings)
 
 
 @pytest.mark.parametrize('kind, settings, name, content, get, want', [
@@ -151,7 +151,7 @@ def test_what_is_predicted_is_read_as_what_was_trained_on(tmp_path):
     ('choice', {}, 'a.jsonl', '{"context": "x", "choices": ["y", "z"]}\n', lambda r: (r.context, r.choices), [('x', ('y', 'z'))]),
     ('fill_mask', {}, 'a.txt', 'a [MASK]\n\nb\n\n\n', lambda r: r.text, ['a [MASK]', '', 'b'])])
 def test_every_kind_reads_its_own_files(kind, settings, name, content, get, want, tmp_path):
-    rows, _ = tasks.read_inputs(write(tmp_path / name, content), kind, settings)
+    rows, _ = inputs.read(write(tmp_path / name, content), kind, settings)
     assert [get(row) for row in rows] == want
 
 

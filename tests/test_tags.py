@@ -11,8 +11,8 @@ from transformers import TokenClassificationPipeline
 
 from bert_jax import cli
 from bert_jax.cli import UserError
-from bert_jax.data import tag_schemes, tags, tasks
-from bert_jax.data.task import Task
+from bert_jax.tasks import inputs, tag_schemes, tags, tasks
+from bert_jax.tasks.task import Task
 
 
 def spans(found):
@@ -111,16 +111,16 @@ def test_lists_of_one_word_are_sentences_of_one_word(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"words": ["Rome"], "tags": ["B-LOC"]}\n{"words": ["Yes"], "tags": ["O"]}\n')
     found = tags.read(str(tmp_path / 'a.jsonl'), '', '', 'iob2')
     assert [(s.words, s.tags) for s in found] == [(('Rome',), ('B-LOC',)), (('Yes',), ('O',))]
-    assert tasks.read_inputs(str(tmp_path / 'a.jsonl'), 'tagging', {})[0][1].words == ('Yes',)
+    assert inputs.read(str(tmp_path / 'a.jsonl'), 'tagging', {})[0][1].words == ('Yes',)
 
 
 def test_predict_reads_a_sentence_a_row_after_training_on_a_word_a_row(tmp_path):
     """The new table has no column of the sentence: it needs none."""
     (tmp_path / 'new.csv').write_text('Word\nAnna sings in Rome\nYes\n')
     settings = {'name': 'tagging', 'word_column': 'Word', 'tag_column': 'Tag', 'sentence_column': 'which'}
-    found, _ = tasks.read_inputs(str(tmp_path / 'new.csv'), 'tagging', settings)
+    found, _ = inputs.read(str(tmp_path / 'new.csv'), 'tagging', settings)
     assert [s.words for s in found] == [('Anna', 'sings', 'in', 'Rome'), ('Yes',)]
-    both, _ = tasks.read_inputs(word_a_row(tmp_path / 'w.csv', 'which'), 'tagging', settings)
+    both, _ = inputs.read(word_a_row(tmp_path / 'w.csv', 'which'), 'tagging', settings)
     assert [len(s.words) for s in both] == [4, 3, 1]
 
 

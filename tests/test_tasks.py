@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bert_jax
-from bert_jax import checkpoint, cli, finetune, predict, scores, sweep
+from bert_jax import checkpoint, cli, finetune, predict, sweep
 from bert_jax.cli import UserError
-from bert_jax.data import choices, encoded, glue, spans, tag_schemes, tags, tasks, texts, tokenizer
-from bert_jax.data.task import Task
+from bert_jax.data import tokenizer
+from bert_jax.tasks import choices, glue, scores, spans, tag_schemes, tags, tasks, texts, tokenized
+from bert_jax.tasks.task import Task
 
 RNG = np.random.default_rng(0)
 
@@ -475,14 +476,14 @@ def test_long_texts_and_sets_of_labels(tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=60), count=st.integers(1, 5))
 def test_static_lengths_are_the_best_ones(sizes, count):
-    chosen = encoded.choose_lengths(np.array(sizes), 128, count)
+    chosen = tokenized.choose_lengths(np.array(sizes), 128, count)
     assert chosen[-1] == 128 and list(chosen) == sorted(set(chosen)) and len(chosen) <= count + 1
     assert all(length % 8 == 0 for length in chosen)
     cost = lambda lengths: sum(next(length for length in lengths if length >= min(size, 128)) for size in sizes)  # noqa: E731
     top = -(-min(max(sizes), 128) // 8) * 8  # the last length must hold the longest row; every choice of the others
     others = itertools.combinations(range(8, top, 8), min(count, 3) - 1)
     best = min(cost((*lengths, top)) for lengths in others) if top > 8 * (min(count, 3) - 1) else cost((*range(8, top, 8), top))
-    assert cost(encoded.choose_lengths(np.array(sizes), 128, min(count, 3))) == best >= cost(chosen)
+    assert cost(tokenized.choose_lengths(np.array(sizes), 128, min(count, 3))) == best >= cost(chosen)
 
 
 def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_optimizer import SETTINGS, numpy_steps
 
-from bert_jax import optimizer, partition, pretrained, train, weights
+from bert_jax import optimizer, partition, train
+from bert_jax.formats import pretrained, weights
 from bert_jax.model import model as models
 
 GRID = [  # sizes, activation, vocabulary and segments: no two alike, none a multiple of anything

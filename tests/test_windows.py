@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_jax.data import spans, tags
-from bert_jax.data.task import Task
+from bert_jax.tasks import spans, tags
+from bert_jax.tasks.task import Task
 
 
 class Pieces:

@@ -16,9 +16,9 @@ from test_tasks import config, make, model, table, text  # noqa: F401 - model is
 
 from bert_jax import checkpoint, cli, finetune, metrics, plots, pretrain, workdir
 from bert_jax.cli import UserError
-from bert_jax.data import task as tasks_of
-from bert_jax.data import texts
-from bert_jax.data.task import Task
+from bert_jax.tasks import task as tasks_of
+from bert_jax.tasks import texts
+from bert_jax.tasks.task import Task
 
 NOTHING = ('epochs=0.01', 'schedule.peak=0.0')  # a single step that changes no weight
 

@@ -228,12 +228,4 @@ def empty(batch_size: int, max_length: int, mask_rate: float, pack_lengths: int,
             for name, field in fields.FIELDS.items() if field.axis in widths}
 
 
-def check_batch_size(batch_size: int, devices: int, accumulation: int) -> None:
-    """Raises UserError when a batch cannot be cut evenly."""
-    if batch_size < 1 or accumulation < 1 or batch_size % (devices * accumulation):
-        unit = max(1, devices * accumulation)
-        raise UserError(f'A batch of {batch_size} is not divisible by {devices} devices '
-                        f'x {accumulation} micro-batches; the nearest is {max(1, round(batch_size / unit)) * unit}.')
-
-
 EXAMPLES = {'documents': Examples}

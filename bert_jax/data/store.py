@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -168,8 +167,8 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
     return starts
 
 
-def disk_error(path: str | os.PathLike, error: OSError) -> UserError:
-    """What to tell the user when a write failed."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(f'{path}: no space left on the disk; free some and run the same command again.')
-    return UserError(f'{path}: cannot be written ({error.strerror}).')
+def is_held_out(document: list[str], share: float) -> bool:
+    """Whether a document is held out: by its text alone, so the same in every store."""
+    text = ' '.join(' '.join(document).split())
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'little') < share * 2**64

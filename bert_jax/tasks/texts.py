@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import cli, scores
+from bert_jax import cli
 from bert_jax.cli import UserError
-from bert_jax.data import encoded, labels, tables
-from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
+from bert_jax.tasks import labels, scores, tables, tokenized
+from bert_jax.tasks.task import Task
 
 TOO_LONG = 'rows are longer than max_length'
 
@@ -221,15 +221,15 @@ def with_numbers(task: Task) -> Task:
 
 
 def encode(task: Task, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
-           ) -> encoded.Encoded:
+           ) -> tokenized.Tokenized:
     """One example a row; labels as label_ids [R] int32, multi-hot float32 [R, C], or float32 [R]."""
     made, truncated = [], 0
     for row in rows:
         pair = None if row.pair is None else tokenizer.encode(row.pair)
-        one, cut = encoded.join(tokenizer, tokenizer.encode(row.text), pair, max_length)
+        one, cut = tokenized.join(tokenizer, tokenizer.encode(row.text), pair, max_length)
         made.append(one)
         truncated += cut
-    return encoded.collect(made, {'label_ids': label_ids(task, rows)}, pad_id=tokenizer.pad_id, lengths=lengths,
+    return tokenized.collect(made, {'label_ids': label_ids(task, rows)}, pad_id=tokenizer.pad_id, lengths=lengths,
                            truncated=truncated)
 
 
@@ -243,7 +243,7 @@ def label_ids(task: Task, rows: Sequence[Row]) -> np.ndarray:
     return np.array([number[row.label] for row in rows], np.int32)
 
 
-def decode(task: Task, rows: Sequence[Row], data: encoded.Encoded, outputs: dict[str, np.ndarray]
+def decode(task: Task, rows: Sequence[Row], data: tokenized.Tokenized, outputs: dict[str, np.ndarray]
            ) -> list[dict[str, Any]]:
     """A prediction a row: {'label', 'scores'}, {'labels', 'scores'} or {'value'}."""
     logits = outputs['logits']

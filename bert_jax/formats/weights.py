@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from bert_jax import cli
 from bert_jax.cli import UserError, unknown
 from bert_jax.data.tokenizer import Tokenizer
+from bert_jax.formats.tensor_files import FLOATS, Stored
 from bert_jax.model import model as models
-from bert_jax.tensor_files import FLOATS, Stored
 
 
 @dataclasses.dataclass

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import cli, paths, tf_bundle, weights
+from bert_jax import cli, paths
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
-from bert_jax.tensor_files import Stored
-from bert_jax.weights import Pretrained
+from bert_jax.formats import tf_bundle, weights
+from bert_jax.formats.tensor_files import Stored
+from bert_jax.formats.weights import Pretrained
 
 SIZES = {  # the original's name -> part and name of ours
     'vocab_size': ('embeddings', 'vocab_size'), 'hidden_size': ('embeddings', 'hidden_size'),

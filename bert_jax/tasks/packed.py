@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from bert_jax.data import packing
-from bert_jax.data.encoded import GROUP, STEP, Encoded
+from bert_jax.tasks.tokenized import GROUP, STEP, Tokenized
 
 SEAT = 4     # tokens of a row for each example that may sit in it
 SAMPLE = 64  # batches, those with the most tokens, by which the length of rows is chosen
@@ -19,7 +19,7 @@ ATTENTION = 6 * 768  # tokens in a row at which attention costs as much as all e
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Packed(Encoded):
+class Packed(Tokenized):
     """Examples of which several share a row; their labels and outputs are [rows * seats, ...], most of them empty.
 
     Attributes:
@@ -143,7 +143,7 @@ def _one_of_few(count: int) -> int:
     return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
 
 
-def pack(data: Encoded, batch_size: int, multiple: int) -> Packed:
+def pack(data: Tokenized, batch_size: int, multiple: int) -> Packed:
     """The same examples, in rows of the length that costs a training step least; for targets that read [CLS] alone."""
     unshaped = _unshaped(data)
     longest, fullest = -(-int(unshaped.sizes.max()) // STEP) * STEP, unshaped.fullest(batch_size)
@@ -155,7 +155,7 @@ def pack(data: Encoded, batch_size: int, multiple: int) -> Packed:
                 for length in range(longest, 2 * longest + 1, STEP)), key=cost)
 
 
-def pack_into(data: Encoded, lengths: Sequence[int], batch_size: int) -> Packed:
+def pack_into(data: Tokenized, lengths: Sequence[int], batch_size: int) -> Packed:
     """The same examples, in rows of that one of `lengths` that costs least to evaluate; for targets as above.
 
     Args:
@@ -170,8 +170,8 @@ def pack_into(data: Encoded, lengths: Sequence[int], batch_size: int) -> Packed:
     return min(made, key=lambda one: _cost(len(one._fill(some)), one.row_length))
 
 
-def _unshaped(data: Encoded) -> Packed:
-    return Packed(**{field.name: getattr(data, field.name) for field in dataclasses.fields(Encoded)})
+def _unshaped(data: Tokenized) -> Packed:
+    return Packed(**{field.name: getattr(data, field.name) for field in dataclasses.fields(Tokenized)})
 
 
 def _cost(rows: int, length: int) -> float:

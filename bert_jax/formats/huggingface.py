@@ -8,14 +8,15 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
-from bert_jax import cli, paths, tensor_files, weights
+from bert_jax import cli, paths
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
-from bert_jax.data.encoded import SHORTEST
 from bert_jax.data.tokenizer_settings import read_settings
+from bert_jax.formats import tensor_files, weights
+from bert_jax.formats.tensor_files import Stored
+from bert_jax.formats.weights import Pretrained
 from bert_jax.model.layers import ACTIVATIONS
-from bert_jax.tensor_files import Stored
-from bert_jax.weights import Pretrained
+from bert_jax.tasks.tokenized import SHORTEST
 
 ARCHITECTURES = {  # targets -> the class that has just these heads
     (): 'BertModel', ('mlm', 'nsp'): 'BertForPreTraining', ('mlm',): 'BertForMaskedLM',

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import cli, scores
+from bert_jax import cli
 from bert_jax.cli import UserError, choose
-from bert_jax.data import encoded, tables, tag_schemes
-from bert_jax.data.labels import check_different
-from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
+from bert_jax.tasks import scores, tables, tag_schemes, tokenized
+from bert_jax.tasks.labels import check_different
+from bert_jax.tasks.task import Task
 
 DOCUMENT = '-DOCSTART-'
 TOO_LONG = 'sentences have a word longer than max_length'
@@ -214,7 +214,7 @@ def with_tags(task: Task, named_by: Sequence[Sentence]) -> Task:
 
 
 def encode(task: Task, rows: Sequence[Sentence], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
-           ) -> encoded.Encoded:
+           ) -> tokenized.Tokenized:
     """Windows: each word is tagged once, by its first piece, in a window where it has context on both sides.
 
     A sentence that is too long is cut into cores of half a window, each with the words around it. With
@@ -247,7 +247,7 @@ def encode(task: Task, rows: Sequence[Sentence], tokenizer: Tokenizer, max_lengt
             words += [*which, -1]
             owners.append(number)
     flat = {'label_ids': np.array(label_ids, np.int32), 'words': np.array(words, np.int32)}
-    return encoded.collect(made, {}, pad_id=tokenizer.pad_id, lengths=lengths, owners=np.array(owners),
+    return tokenized.collect(made, {}, pad_id=tokenizer.pad_id, lengths=lengths, owners=np.array(owners),
                            token_labels=flat, truncated=truncated)
 
 
@@ -290,7 +290,7 @@ def _document(rows: Sequence[Sentence], number: int, pieces: list[list[list[int]
     return low, high
 
 
-def decode(task: Task, rows: Sequence[Sentence], data: encoded.Encoded, outputs: dict[str, np.ndarray]
+def decode(task: Task, rows: Sequence[Sentence], data: tokenized.Tokenized, outputs: dict[str, np.ndarray]
            ) -> list[dict[str, Any]]:
     """{'tags', 'scores', 'entities': [{'type', 'begin', 'end', 'text', 'score'}]} a sentence; positions are words.
 

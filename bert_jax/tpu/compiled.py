@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bert_jax import hardware, hlo, optimizer, partition, train
+from bert_jax import hardware, optimizer, partition, train
 from bert_jax.data import examples
 from bert_jax.model import model as models
 from bert_jax.model.embeddings import padded_vocab_size
+from bert_jax.tpu import hlo
 
 CHANNEL = r'channel_id=(\d+)'
 
@@ -42,7 +43,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
     batch = _shapes(config, batch_size, length)
     state = train.state_shapes(model, tx, examples.empty(1, length, **config.examples))
     mesh = partition.make_mesh(config.mesh, state, devices, config.accumulation)
-    examples.check_batch_size(batch_size, partition.data_devices(mesh), config.accumulation)
+    partition.check_batch_size(batch_size, partition.data_devices(mesh), config.accumulation)
     step = train.make_train_step(model, tx, mesh, config.accumulation, state)
     hyper = train.as_hyper(0.0, models.target_weights(config.model), 0)
     start = time.perf_counter()

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import scores
 from bert_jax.cli import UserError, choose
-from bert_jax.data import encoded, tables
-from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
+from bert_jax.tasks import scores, tables, tokenized
+from bert_jax.tasks.task import Task
 
 TOO_LONG = 'choices with their contexts are longer than max_length'
 
@@ -137,7 +136,7 @@ def most_choices(splits: dict[str, list[Question]]) -> int:
 
 
 def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
-           ) -> encoded.Encoded:
+           ) -> tokenized.Tokenized:
     """C rows a question, [CLS] context [SEP] choice [SEP]; missing choices are empty rows that are not real."""
     group, made, truncated = task.settings['num_choices'], [], 0
     right, real = np.zeros((2, len(rows) * group), np.int32)
@@ -146,17 +145,17 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
         for choice in range(group):
             exists = choice < len(question.choices)
             text = tokenizer.encode(question.choices[choice]) if exists else []
-            one, cut = encoded.join(tokenizer, context if exists else [], text, max_length)
+            one, cut = tokenized.join(tokenizer, context if exists else [], text, max_length)
             made.append(one)
             truncated += cut
             real[number * group + choice] = exists
         if question.label is not None:
             right[number * group + question.label] = 1
-    return encoded.collect(made, {'label_ids': right, 'is_real_example': real}, pad_id=tokenizer.pad_id,
+    return tokenized.collect(made, {'label_ids': right, 'is_real_example': real}, pad_id=tokenizer.pad_id,
                            lengths=lengths, group=group, truncated=truncated)
 
 
-def decode(task: Task, rows: Sequence[Question], data: encoded.Encoded, outputs: dict[str, np.ndarray]
+def decode(task: Task, rows: Sequence[Question], data: tokenized.Tokenized, outputs: dict[str, np.ndarray]
            ) -> list[dict[str, Any]]:
     """{'choice': number, 'text', 'scores': [probability of each]} a question."""
     found = []

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax import cli, scores
+from bert_jax import cli
 from bert_jax.cli import UserError
-from bert_jax.data import encoded, tables
-from bert_jax.data.task import Task
 from bert_jax.data.tokenizer import Tokenizer
+from bert_jax.tasks import scores, tables, tokenized
+from bert_jax.tasks.task import Task
 
 TOO_LONG = 'questions are longer than max_query_length'
 LOWEST = -1e9  # the score of an answer from a passage without tokens; JSON has no infinity
@@ -136,7 +136,7 @@ def _optional(where: str, record: dict[str, Any], name: str, usual: str) -> Any:
 
 
 def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_length: int, lengths: tuple[int, ...]
-           ) -> encoded.Encoded:
+           ) -> tokenized.Tokenized:
     """[CLS] question [SEP] window [SEP], a window each `stride` tokens; start and end at [CLS] without a whole answer.
 
     token_labels hold what `decode` needs: offsets into the passage, and where a token has its widest context.
@@ -171,7 +171,7 @@ def encode(task: Task, rows: Sequence[Question], tokenizer: Tokenizer, max_lengt
             widest.append(np.pad(best_context(spans, begin, end).astype(np.int32), (before, 1)))
     tokens = {name: np.concatenate(values).astype(np.int32) for name, values in
               (('offset_begins', begins), ('offset_ends', finishes), ('best_context', widest))}
-    return encoded.collect(
+    return tokenized.collect(
         made, {'start_positions': np.array(starts, np.int32), 'end_positions': np.array(ends, np.int32)},
         token_labels=tokens, owners=np.array(owners), pad_id=tokenizer.pad_id, lengths=lengths, truncated=truncated,
         notes=tuple(note for count, note in (
@@ -242,7 +242,7 @@ def best_context(spans: list[tuple[int, int]], begin: int, end: int) -> np.ndarr
     return np.stack([context(b, e) for b, e in near]).argmax(0) == near.index((begin, end))
 
 
-def decode(task: Task, rows: Sequence[Question], data: encoded.Encoded, outputs: dict[str, Sequence[np.ndarray]]
+def decode(task: Task, rows: Sequence[Question], data: tokenized.Tokenized, outputs: dict[str, Sequence[np.ndarray]]
            ) -> list[dict[str, Any]]:
     """An answer a question, cut from its passage.
 

@@ -11,9 +11,10 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-import google_crc32c
 import ml_dtypes
 import numpy as np
+
+from bert_jax import paths
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48  # bytes
@@ -70,7 +71,7 @@ class Reader:
             content = opened.read(entry.size)
             if len(content) != entry.size:
                 raise Damaged(f'{name}: {file} is cut short')
-        if masked_crc(content) != entry.crc:
+        if paths.masked_crc(content) != entry.crc:
             raise Damaged(f'{name}: its bytes in {file} are not those that were written')
         return np.frombuffer(content, entry.dtype).reshape(entry.shape)
 
@@ -83,15 +84,9 @@ def write(prefix: str, variables: Mapping[str, Callable[[], np.ndarray]]) -> Non
             array = variables[name]()
             content = array.astype('<f4', copy=False).tobytes()
             data.write(content)
-            rows.append((name.encode(), _entry_bytes(array.shape, offset, len(content), masked_crc(content))))
+            rows.append((name.encode(), _entry_bytes(array.shape, offset, len(content), paths.masked_crc(content))))
             offset += len(content)
     pathlib.Path(f'{prefix}.index').write_bytes(_table(rows))
-
-
-def masked_crc(content: bytes) -> int:
-    """The CRC-32C of a TensorFlow file's parts, as TensorFlow writes it there."""
-    crc = google_crc32c.value(content)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 # Protocol buffers: just the messages above.
@@ -175,7 +170,7 @@ def _read_block(content: bytes, handle: bytes) -> list[tuple[bytes, bytes]]:
     offset, at = _varint(handle, 0)
     size, _ = _varint(handle, at)
     block, trailer = content[offset:offset + size], content[offset + size:offset + size + 5]
-    if len(trailer) < 5 or masked_crc(block + trailer[:1]) != struct.unpack('<I', trailer[1:])[0]:
+    if len(trailer) < 5 or paths.masked_crc(block + trailer[:1]) != struct.unpack('<I', trailer[1:])[0]:
         raise Damaged('its index is damaged')
     if trailer[0]:
         raise Damaged('its index is compressed')
@@ -198,7 +193,7 @@ def _table(rows: list[tuple[bytes, bytes]]) -> bytes:
         if block is None:
             block = _block([(rows[-1][0], handles[0])])
         handles.append(_varint_bytes(len(content)) + _varint_bytes(len(block)))
-        content += block + b'\0' + struct.pack('<I', masked_crc(block + b'\0'))
+        content += block + b'\0' + struct.pack('<I', paths.masked_crc(block + b'\0'))
     return content + (handles[1] + handles[2]).ljust(FOOTER - 8, b'\0') + struct.pack('<Q', MAGIC)
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from bert_jax import checkpoint, cli, huggingface, paths, tf1, weights, workdir
+from bert_jax import checkpoint, cli, paths, workdir
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
-from bert_jax.weights import Pretrained
+from bert_jax.formats import huggingface, tf1, weights
+from bert_jax.formats.weights import Pretrained
 
 HUB_NAME = re.compile(r'[\w.-]+(/[\w.-]+)?')
 
@@ -96,7 +97,7 @@ def check_segments(model: ConfigDict, rows: Iterable[Any]) -> None:
 
     Args:
       model: its config.
-      rows: what is to be read, each an `encoded.Encoded`.
+      rows: what is to be read, each an `tokenized.Tokenized`.
     """
     if model.embeddings.num_segments < 2 and any((one.a_lengths < np.diff(one.starts)).any() for one in rows):
         raise UserError('Pairs of texts: this model has one segment (type_vocab_size 1 in its config), and none for '

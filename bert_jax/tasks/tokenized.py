@@ -16,7 +16,7 @@ SHORTEST = 8  # of max_length: room for a pair with [CLS] and [SEP]s
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Encoded:
+class Tokenized:
     """N examples of `group` rows each (a question's choices; else one), R = N * group rows.
 
     Attributes:
@@ -121,13 +121,13 @@ class Encoded:
 def collect(rows: Sequence[tuple[list[int], int]], labels: dict[str, np.ndarray], *, pad_id: int,
             lengths: tuple[int, ...], token_labels: dict[str, np.ndarray] | None = None,
             owners: np.ndarray | None = None, group: int = 1, truncated: int = 0, notes: tuple[str, ...] = ()
-            ) -> Encoded:
-    """An Encoded of (ids, length of the first segment) of each row."""
+            ) -> Tokenized:
+    """A Tokenized of (ids, length of the first segment) of each row."""
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(np.int64)
     ids = np.fromiter((i for ids, _ in rows for i in ids), np.int32, starts[-1])
     labels = {'is_real_example': np.ones(len(rows), np.int32)} | labels
     owners = np.arange(len(rows) // group) if owners is None else owners
-    return Encoded(ids, starts, np.array([a for _, a in rows], np.int64), labels, token_labels or {}, owners, pad_id,
+    return Tokenized(ids, starts, np.array([a for _, a in rows], np.int64), labels, token_labels or {}, owners, pad_id,
                    lengths, group, truncated, notes)
 
 

@@ -1,0 +1,1 @@
+"""Other people's folders, and our own as a pre-trained model."""

@@ -1,0 +1,1 @@
+"""Labelled data -> batches -> scores."""

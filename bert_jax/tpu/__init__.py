@@ -1,0 +1,1 @@
+"""Programs for TPU slices that are not there."""
