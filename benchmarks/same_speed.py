@@ -9,6 +9,7 @@ compiles. Nothing else should run.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -40,7 +41,7 @@ def main():
 
 def turns(checkouts, arguments, repeats):
     """({side: seconds of each timed turn}, {side: seconds of the first}), the sides one after the other in each turn."""
-    side = next((value for key, value in zip(arguments, arguments[1:]) if key == '--sides'), 'ours').split(',')[0]
+    side = next((value for key, value in itertools.pairwise(arguments) if key == '--sides'), 'ours').split(',')[0]
     processes, seconds, first = {}, {name: [] for name in checkouts}, {}
     for name, checkout in checkouts.items():  # one after the other, so that each compiles alone
         start = time.perf_counter()
