@@ -14,9 +14,11 @@ import traceback
 from collections.abc import Callable
 
 import filelock
+import numpy as np
 import pytest
 
-# Small models for seconds: what counts is how long they compile, here a fifth as long. The long tests run what users run.
+# Small models for seconds: what counts is how long they compile, here a fifth as long.
+# The long tests run what users run.
 if 'BERT_JAX_LONG_TESTS' not in os.environ:
     quick = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
     os.environ['XLA_FLAGS'] = f'{quick} {os.environ.get("XLA_FLAGS", "")}'
@@ -30,6 +32,16 @@ os.environ['JAX_PLATFORMS'] = os.environ.get('BERT_JAX_TEST_PLATFORM', 'cpu')  #
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(tempfile.gettempdir()) / 'bert_jax_tests_xla')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES'] = 'none'
+
+
+RNG = np.random.default_rng(0)
+BEGINNING = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Every test draws the same from RNG, whatever ran before it."""
+    RNG.bit_generator.state = BEGINNING
 
 
 def write_corpus(path: pathlib.Path, topics: int = 90) -> pathlib.Path:
@@ -53,7 +65,13 @@ def call_module(name: str, *args: str) -> subprocess.CompletedProcess:
     """Runs `python -m bert_jax.NAME` in this process, without the seconds that a start takes."""
     from bert_jax import cli
 
-    module, argv, stdout, stderr, code = importlib.import_module(f'bert_jax.{name}'), sys.argv, io.StringIO(), io.StringIO(), 0
+    module, argv, stdout, stderr, code = (
+        importlib.import_module(f'bert_jax.{name}'),
+        sys.argv,
+        io.StringIO(),
+        io.StringIO(),
+        0,
+    )
     assert "if __name__ == '__main__':\n    cli.run(main)" in inspect.getsource(module)  # or -m would do nothing
     sys.argv = [module.__file__, *map(str, args)]
     try:
@@ -78,7 +96,9 @@ def expect_error(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in lines[0], (word, lines[0])
 
 
-def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[pathlib.Path], None]
+) -> pathlib.Path:
     """What `make` writes at a path, made by the first of the test processes that needs it; tests only read it."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
@@ -106,13 +126,25 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope='session')
 def vocab(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A WordPiece vocabulary of 1,000 entries, a number that no hardware likes."""
-    return run_once(tmp_path_factory, 'wordpiece', 'vocab', '--input', corpus, '--vocab_size', '1003', '--lowercase', '--output')
+    return run_once(
+        tmp_path_factory, 'wordpiece', 'vocab', '--input', corpus, '--vocab_size', '1003', '--lowercase', '--output'
+    )
 
 
 @pytest.fixture(scope='session')
 def sentencepiece_vocab(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return run_once(tmp_path_factory, 'sentencepiece', 'vocab', '--input', corpus, '--vocab_size', '1003', '--kind', 'sentencepiece',
-                    '--output')
+    return run_once(
+        tmp_path_factory,
+        'sentencepiece',
+        'vocab',
+        '--input',
+        corpus,
+        '--vocab_size',
+        '1003',
+        '--kind',
+        'sentencepiece',
+        '--output',
+    )
 
 
 @pytest.fixture(scope='session')
@@ -131,8 +163,14 @@ def store(store_path: pathlib.Path):
     return stores.load(store_path)
 
 
-AS_IN_THE_PAPER = {'pairing': 'next_sentence', 'masking': 'token', 'mask_rate': 0.15, 'replacement': (0.8, 0.1), 'short_rate': 0.1,
-                   'pack_lengths': 0}  # of examples
+AS_IN_THE_PAPER = {
+    'pairing': 'next_sentence',
+    'masking': 'token',
+    'mask_rate': 0.15,
+    'replacement': (0.8, 0.1),
+    'short_rate': 0.1,
+    'pack_lengths': 0,
+}  # of examples
 TINY = ['--config.phases=((6,64,8),(4,96,8))', '--config.model.encoder.num_layers=2',
         '--config.model.embeddings.hidden_size=32', '--config.model.encoder.num_heads=2',
         '--config.model.embeddings.max_length=128', '--config.schedule.warmup_share=0.2',
@@ -143,5 +181,13 @@ TINY = ['--config.phases=((6,64,8),(4,96,8))', '--config.model.encoder.num_layer
 @pytest.fixture(scope='session')
 def pretrained(store_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The workdir of a very small pre-trained model."""
-    return run_once(tmp_path_factory, 'pretrained', 'pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}',
-                    *TINY, '--workdir')
+    return run_once(
+        tmp_path_factory,
+        'pretrained',
+        'pretrain',
+        '--config',
+        'configs/pretrain.py:tiny',
+        f'--config.store={store_path}',
+        *TINY,
+        '--workdir',
+    )

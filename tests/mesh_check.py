@@ -49,19 +49,33 @@ def run(shape, accumulation):
                   for name, tree in (('params', state.params), ('opt_state', state.opt_state))}
     for batch in made:
         state, metrics = step(state, {'text': batches.place(batch, sharding)}, hyper)
-        losses.append([float(metrics[k].total / metrics[k].count) for k in ('loss', 'mlm/loss', 'nsp/loss', 'mlm/accuracy')])
+        losses.append(
+            [float(metrics[k].total / metrics[k].count) for k in ('loss', 'mlm/loss', 'nsp/loss', 'mlm/accuracy')]
+        )
     gathers = re.findall(r'f32\[([\d,]*)\][^=]* all-gather', text)
-    return {'losses': losses, 'updates': flat(state.params) - before, 'per_device': per_device, 'reductions': reductions(text),
-            'gathers': gathers}
+    return {
+        'losses': losses,
+        'updates': flat(state.params) - before,
+        'per_device': per_device,
+        'reductions': reductions(text),
+        'gathers': gathers,
+    }
 
 
 def temporaries():
-    """Bytes of them in a step under fsdp, of which gathered kernels would be more than half, and of all those kernels."""
-    model = models.build('model.run.unroll=1', 'model.encoder.num_layers=16', 'model.embeddings.hidden_size=64', 'model.encoder.mlp_size=512')
+    """Bytes of a step under fsdp, of which gathered kernels would be more than half, and of all those kernels."""
+    model = models.build(
+        'model.run.unroll=1',
+        'model.encoder.num_layers=16',
+        'model.embeddings.hidden_size=64',
+        'model.encoder.mlp_size=512',
+    )
     tx, mesh = optimizer.make_optimizer('adamw', **SETTINGS), partition.make_mesh((1, 8, 1))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype), global_batch(0))
     state = train.state_shapes(model, tx, batch)
-    step = train.make_train_step(model, tx, mesh, 1, state).lower(state, {'text': batch}, train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0))
+    step = train.make_train_step(model, tx, mesh, 1, state).lower(
+        state, {'text': batch}, train.as_hyper(1e-3, {'mlm': 1.0, 'nsp': 1.0}, 0)
+    )
     return step.compile().memory_analysis().temp_size_in_bytes, 16 * (4 * 64 * 64 + 2 * 64 * 512) * 4
 
 
@@ -134,7 +148,11 @@ def evaluation(what, devices, batch_size):
     rows = [(rng.integers(5, models.V, size).tolist(), int(size)) for size in rng.integers(3, 14, 29)]
     of_rows = {'label_ids': rng.integers(0, 3, 29).astype(np.int32)}
     of_tokens = {'label_ids': rng.integers(0, 3, sum(size for _, size in rows)).astype(np.int32)}
-    target, labels = ('tagging', {'labels': {}, 'token_labels': of_tokens}) if what == 'tags' else ('classification', {'labels': of_rows})
+    target, labels = (
+        ('tagging', {'labels': {}, 'token_labels': of_tokens})
+        if what == 'tags'
+        else ('classification', {'labels': of_rows})
+    )
     data = tokenized.collect(rows, **labels, pad_id=0, lengths=(6, 8, 14))
     data = packed.pack(data, batch_size, devices) if what == 'packed' else data
     config = models.config()
@@ -142,7 +160,9 @@ def evaluation(what, devices, batch_size):
     model = model_parts.build(config)
     params = models.random_params(model, data.make(np.arange(1), 1))
     step, sharding = evaluate.make_eval_step(model, mesh), partition.batch_sharding(mesh)
-    outputs, loss = evaluate.predict(lambda batch: step(params, batches.place(batch, sharding)), data, batch_size, target)
+    outputs, loss = evaluate.predict(
+        lambda batch: step(params, batches.place(batch, sharding)), data, batch_size, target
+    )
     return [*np.concatenate([np.ravel(one) for one in outputs['logits']]).tolist(), loss]
 
 
@@ -155,13 +175,36 @@ def main():
     results = {name: run(*case) for name, case in CASES.items()}
     reference = results['1 device']
     for result in results.values():
-        result['update_error'] = float(np.linalg.norm(result['updates'] - reference['updates']) / np.linalg.norm(reference['updates']))
+        result['update_error'] = float(
+            np.linalg.norm(result['updates'] - reference['updates']) / np.linalg.norm(reference['updates'])
+        )
     for result in results.values():
         del result['updates']
     evaluations = {'classes': [evaluation('classes', *case) for case in ((1, 4), (1, 29), (2, 6), (8, 8), (8, 32))],
                    **{what: [evaluation(what, *case) for case in ((1, 4), (8, 16))] for what in ('packed', 'tags')}}
-    print(json.dumps(results | {'dropout_rows': dropout_rows(), 'temporaries': temporaries(), 'evaluations': evaluations, 'count': int(sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(
-        lambda: models.build().init(jax.random.key(0), jax.tree.map(jnp.asarray, global_batch(0)), train=False)))) or 0)}))
+    print(
+        json.dumps(
+            results
+            | {
+                'dropout_rows': dropout_rows(),
+                'temporaries': temporaries(),
+                'evaluations': evaluations,
+                'count': int(
+                    sum(
+                        np.size(x)
+                        for x in jax.tree.leaves(
+                            jax.eval_shape(
+                                lambda: models.build().init(
+                                    jax.random.key(0), jax.tree.map(jnp.asarray, global_batch(0)), train=False
+                                )
+                            )
+                        )
+                    )
+                    or 0
+                ),
+            }
+        )
+    )
 
 
 if __name__ == '__main__':

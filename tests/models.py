@@ -26,14 +26,19 @@ def batch(rng=None, padded=True):
     weights = (np.arange(P) < rng.integers(0, P + 1, B)[:, None]).astype(np.float32)
     weights[0] = 1
     return {
-        'input_ids': (rng.integers(5, V, (B, L)) * mask).astype(np.int32), 'input_mask': mask,
+        'input_ids': (rng.integers(5, V, (B, L)) * mask).astype(np.int32),
+        'input_mask': mask,
         'segment_ids': ((place >= lengths[:, None] // 2) * mask).astype(np.int32),
         'position_ids': np.broadcast_to(place, (B, L)).astype(np.int32).copy(),
         'masked_lm_positions': np.sort(rng.integers(1, 5, (B, P))).astype(np.int32),
-        'masked_lm_ids': rng.integers(5, V, (B, P)).astype(np.int32), 'masked_lm_weights': weights,
-        'cls_positions': np.zeros((B, 1), np.int32), 'next_sentence_labels': rng.integers(0, 2, (B, 1)).astype(np.int32),
+        'masked_lm_ids': rng.integers(5, V, (B, P)).astype(np.int32),
+        'masked_lm_weights': weights,
+        'cls_positions': np.zeros((B, 1), np.int32),
+        'next_sentence_labels': rng.integers(0, 2, (B, 1)).astype(np.int32),
         'next_sentence_weights': np.ones((B, 1), np.float32),
-        'label_ids': rng.integers(0, 3, B).astype(np.int32), 'is_real_example': np.ones(B, np.int32)}
+        'label_ids': rng.integers(0, 3, B).astype(np.int32),
+        'is_real_example': np.ones(B, np.int32),
+    }
 
 
 def packed_batch():

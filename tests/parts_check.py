@@ -12,7 +12,13 @@ from bert_jax import optimizer, partition, train
 from bert_jax.cli import UserError
 from bert_jax.model import model as model_parts
 
-CASES = {'one device': ((1, 1, 1), 1), 'data': ((8, 1, 1), 1), 'fsdp': ((1, 8, 1), 1), 'both': ((2, 4, 1), 1), 'micro-batches': ((4, 1, 1), 2)}
+CASES = {
+    'one device': ((1, 1, 1), 1),
+    'data': ((8, 1, 1), 1),
+    'fsdp': ((1, 8, 1), 1),
+    'both': ((2, 4, 1), 1),
+    'micro-batches': ((4, 1, 1), 2),
+}
 
 
 def build():
@@ -25,7 +31,9 @@ def build():
 def run(shape, accumulation):
     model, example = build(), models.packed_batch()
     params = models.random_params(model, example)
-    tx = optimizer.make_optimizer('adamw', b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, clip_norm=1.0, bias_correction=True)
+    tx = optimizer.make_optimizer(
+        'adamw', b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, clip_norm=1.0, bias_correction=True
+    )
     mesh = partition.make_mesh(shape, devices=jax.devices()[:np.prod(shape)])
     state = train.TrainState(jnp.int32(0), params, tx.init(params))
     state = jax.device_put(state, partition.state_shardings(state, mesh))

@@ -1,4 +1,4 @@
-"""Hugging Face models with every tensor random and of realistic size, so that no swap can hide, and batches for them."""
+"""Hugging Face models whose tensors are all random and of realistic size, so that no swap can hide; their batches."""
 
 import json
 
@@ -9,8 +9,20 @@ import transformers
 SPECIALS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
 
 
-def model(architecture='BertForPreTraining', *, vocab_size=67, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
-          intermediate_size=80, hidden_act='gelu', type_vocab_size=2, max_position_embeddings=40, seed=0, **kwargs):
+def model(
+    architecture='BertForPreTraining',
+    *,
+    vocab_size=67,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=80,
+    hidden_act='gelu',
+    type_vocab_size=2,
+    max_position_embeddings=40,
+    seed=0,
+    **kwargs,
+):
     config = transformers.BertConfig(
         vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads, intermediate_size=intermediate_size, hidden_act=hidden_act,
@@ -53,8 +65,11 @@ def batch(config, rows=6, length=29, seed=0):
 
 
 def inputs(batch):
-    return {'input_ids': torch.tensor(batch['input_ids']).long(), 'attention_mask': torch.tensor(batch['input_mask']).long(),
-            'token_type_ids': torch.tensor(batch['segment_ids']).long()}
+    return {
+        'input_ids': torch.tensor(batch['input_ids']).long(),
+        'attention_mask': torch.tensor(batch['input_mask']).long(),
+        'token_type_ids': torch.tensor(batch['segment_ids']).long(),
+    }
 
 
 def loss(peer, batch):

@@ -172,7 +172,7 @@ def test_the_best_is_kept_beside_the_last(tmp_path):
     assert checkpoints.scores(2) == {'dev/accuracy': 0.9}
 
 
-FULL_DISK = '''
+FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, 'tests')
 from test_checkpoint import checkpoint, state, same, resumed
@@ -185,19 +185,25 @@ checkpoints.save(1, state(1))
 checkpoints.wait()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file may grow beyond this, as on a full disk
-big = state(2).replace(params={'a': {'kernel': __import__('numpy').random.default_rng(0).normal(size=(500, 500))}, 'b': jnp.ones(7)})
+kernel = __import__('numpy').random.default_rng(0).normal(size=(500, 500))
+big = state(2).replace(params={'a': {'kernel': kernel}, 'b': jnp.ones(7)})
 
 def save():
     checkpoints.save(2, big)
     checkpoints.wait()
 
 cli.run(save)
-'''
+"""
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(tmp_path):
-    done = subprocess.run([sys.executable, '-c', FULL_DISK, str(tmp_path / 'c')], cwd=ROOT, text=True, capture_output=True,
-                          env=os.environ | {'PYTHONPATH': str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, '-c', FULL_DISK, str(tmp_path / 'c')],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
     assert len(errors) == 1 and 'the last good checkpoint is step 1' in errors[0]
@@ -219,9 +225,15 @@ def test_a_warm_start_takes_all_both_have_and_says_the_rest(capsys):
     wanted = zeros(params(targets_new={'w': jnp.zeros(5)}))
     del wanted['targets_mlm']
     got = run.warm_start(wanted, params())
-    assert same({k: got[k] for k in ('embeddings', 'encoder', 'pooler')}, {k: params()[k] for k in ('embeddings', 'encoder', 'pooler')})
+    assert same(
+        {k: got[k] for k in ('embeddings', 'encoder', 'pooler')},
+        {k: params()[k] for k in ('embeddings', 'encoder', 'pooler')},
+    )
     assert not got['targets_new']['w'].any()
-    assert capsys.readouterr().out.splitlines() == ['warm start, fresh: targets_new', 'warm start, left behind: targets_mlm']
+    assert capsys.readouterr().out.splitlines() == [
+        'warm start, fresh: targets_new',
+        'warm start, left behind: targets_mlm',
+    ]
     fresh = run.warm_start(zeros(params()), params(), fresh=('targets_',))
     assert not fresh['targets_mlm']['bias'].any()
 

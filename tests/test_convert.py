@@ -54,8 +54,16 @@ ORIGINAL = {  # google-research/bert, modeling.py: name -> shape as a function o
     'cls/seq_relationship/output_weights': lambda s: (2, s['D']),
     'cls/seq_relationship/output_bias': lambda s: (2,)}
 SIZES = {'V': 67, 'D': 48, 'F': 80, 'T': 2, 'P': 40}
-HEADS = ['BertForPreTraining', 'BertForMaskedLM', 'BertForNextSentencePrediction', 'BertModel', 'BertForSequenceClassification',
-         'BertForTokenClassification', 'BertForQuestionAnswering', 'BertForMultipleChoice']
+HEADS = [
+    'BertForPreTraining',
+    'BertForMaskedLM',
+    'BertForNextSentencePrediction',
+    'BertModel',
+    'BertForSequenceClassification',
+    'BertForTokenClassification',
+    'BertForQuestionAnswering',
+    'BertForMultipleChoice',
+]
 
 
 def original(layers=2, **sizes):
@@ -147,7 +155,9 @@ def test_a_tf1_model_computes_the_same_in_transformers(tmp_path):
     state, variables = peer.state_dict(), original()
     np.testing.assert_array_equal(state['bert.encoder.layer.1.attention.self.key.weight'],
                                   variables['bert/encoder/layer_1/attention/self/key/kernel'].T)
-    np.testing.assert_array_equal(state['cls.seq_relationship.weight'], variables['cls/seq_relationship/output_weights'])
+    np.testing.assert_array_equal(
+        state['cls.seq_relationship.weight'], variables['cls/seq_relationship/output_weights']
+    )
     with torch.no_grad():
         theirs = peer(**peers.inputs(example := peers.batch(peer.config)))
     ours = pretrained.load(str(source))
@@ -155,10 +165,14 @@ def test_a_tf1_model_computes_the_same_in_transformers(tmp_path):
 
     out = models.build(ours.model).apply({'params': ours.params}, example, train=False)
     at = torch.tensor(example['masked_lm_positions']).long()[..., None]
-    np.testing.assert_allclose(out['mlm']['logits'][..., :67], torch.take_along_dim(theirs.prediction_logits, at, 1), atol=2e-3)
+    np.testing.assert_allclose(
+        out['mlm']['logits'][..., :67], torch.take_along_dim(theirs.prediction_logits, at, 1), atol=2e-3
+    )
 
 
-@pytest.mark.parametrize('names', [('output_weights', 'output_bias'), ('cls/squad/output_weights', 'cls/squad/output_bias')])
+@pytest.mark.parametrize(
+    'names', [('output_weights', 'output_bias'), ('cls/squad/output_weights', 'cls/squad/output_bias')]
+)
 def test_tf1_heads_of_fine_tuning_travel(names, tmp_path):
     rng = np.random.default_rng(1)
     head = dict(zip(names, (rng.normal(size=(2, 48)).astype(np.float32), rng.normal(size=2).astype(np.float32))))
@@ -177,7 +191,9 @@ def test_the_bundle_reader_reads_what_tensorflow_writes(tmp_path):
     import tensorflow as tf
 
     rng = np.random.default_rng(0)
-    variables = {f'{"long/" * 40}scope/variable_{i}': rng.normal(size=(i % 7, 3)).astype(np.float32) for i in range(3000)}
+    variables = {
+        f'{"long/" * 40}scope/variable_{i}': rng.normal(size=(i % 7, 3)).astype(np.float32) for i in range(3000)
+    }
     variables |= {'int': np.int64(-5), 'half': np.float16([1.5, 2]), 'double': np.float64([[1 / 3]])}
     for part, names in enumerate((list(variables)[::2], list(variables)[1::2])):
         tf.raw_ops.SaveV2(prefix=str(tmp_path / f'part{part}'), tensor_names=names, shape_and_slices=[''] * len(names),
@@ -201,7 +217,10 @@ def test_every_way_to_keep_the_weights_is_read_alike(tmp_path):
         shutil.copytree(tmp_path / 'plain', folders[name])
         (folders[name] / 'model.safetensors').unlink()
     torch.save(state, folders['bin'] / 'pytorch_model.bin')
-    old = {k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'): v for k, v in state.items()}
+    old = {
+        k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'): v
+        for k, v in state.items()
+    }
     torch.save(old | {'bert.embeddings.position_ids': torch.arange(40)}, folders['gamma'] / 'pytorch_model.bin')
     torch.save({k.removeprefix('bert.'): v for k, v in state.items()}, folders['bare'] / 'pytorch_model.bin')
     for name, folder in folders.items():
@@ -231,14 +250,32 @@ def test_what_has_no_counterpart_is_named(tmp_path, capfd):
 
 def test_our_own_model_goes_out_and_comes_back(pretrained, tmp_path):
     """From a workdir that was trained here: scores and config in the card, the vocabulary's padding nowhere."""
-    done = call_module('convert', '--from', pretrained, '--to', tmp_path / 'hf', '--format', 'hf', '--name', 'me/topics',
-                      '--license', 'apache-2.0')
+    done = call_module(
+        'convert',
+        '--from',
+        pretrained,
+        '--to',
+        tmp_path / 'hf',
+        '--format',
+        'hf',
+        '--name',
+        'me/topics',
+        '--license',
+        'apache-2.0',
+    )
     assert done.returncode == 0, done.stderr
     assert f'hf upload me/topics {tmp_path / "hf"}' in done.stdout
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     model = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / 'hf')
-    assert {len(tokenizer), model.config.vocab_size, *(t.shape[0] for n, t in tensors(tmp_path / 'hf').items()
-                                                       if 'word_embeddings' in n or n == 'cls.predictions.bias')} == {1003}
+    assert {
+        len(tokenizer),
+        model.config.vocab_size,
+        *(
+            t.shape[0]
+            for n, t in tensors(tmp_path / 'hf').items()
+            if 'word_embeddings' in n or n == 'cls.predictions.bias'
+        ),
+    } == {1003}
     card = (tmp_path / 'hf' / 'README.md').read_text()
     for word in ('license: apache-2.0', 'held_out/mlm/loss', 'Steps: 10', '"max_length"', 'fill-mask', 'me/topics'):
         assert word in card, word
@@ -251,7 +288,10 @@ def test_our_own_model_goes_out_and_comes_back(pretrained, tmp_path):
     np.testing.assert_allclose([g['score'] for g in guess], [g['score'] for g in ours], atol=1e-5)
     done = call_module('convert', '--from', tmp_path / 'hf', '--to', tmp_path / 'work', '--format', 'workdir')
     assert done.returncode == 0, done.stderr
-    a, b = (sorted((p.name, p.read_bytes()) for p in (folder / 'tokenizer').iterdir()) for folder in (pretrained, tmp_path / 'work'))
+    a, b = (
+        sorted((p.name, p.read_bytes()) for p in (folder / 'tokenizer').iterdir())
+        for folder in (pretrained, tmp_path / 'work')
+    )
     assert a == b
 
 
@@ -259,7 +299,8 @@ def test_tokenizers_of_hugging_face_folders_equal_ours(vocab, sentencepiece_voca
     from bert_jax.data import tokenizer as tokenizers
     from bert_jax.formats import huggingface
 
-    lines = [*corpus.read_text().splitlines()[:2000], '  two  spaces ', 'Ｆｕｌｌ width, naïve café — ½ ﬁ', '한국어 中文', '']
+    lines = [*corpus.read_text().splitlines()[:2000],
+             '  two  spaces ', 'Ｆｕｌｌ width, naïve café — ½ ﬁ', '한국어 中文', '']
     for name, path in (('wordpiece', vocab), ('sentencepiece', sentencepiece_vocab)):
         ours, folder = tokenizers.load(path), tmp_path / name
         folder.mkdir()
@@ -289,7 +330,9 @@ def test_a_hub_name_comes_from_the_cache_without_a_network(hf, tmp_path):
     env = {'HF_HUB_CACHE': str(tmp_path / 'hub'), 'HF_HUB_OFFLINE': '1'}
     done = run_module('predict', '--init_from', 'some/bert', 'w1 [MASK] w3', env=env)
     assert done.returncode == 0 and 'w1 [MASK] w3' in done.stdout, done.stderr
-    expect_error(run_module('predict', '--init_from', 'some/other', 'w1', env=env), 'some/other', 'hf download some/other')
+    expect_error(
+        run_module('predict', '--init_from', 'some/other', 'w1', env=env), 'some/other', 'hf download some/other'
+    )
 
 
 def cut(file, share=0.7):
@@ -346,26 +389,41 @@ def longer_vocab(folder):
         out.write('one_more\n')
 
 
-@pytest.mark.parametrize('spoil, words', [
-    (lambda folder: cut(folder / 'model.safetensors'), ('model.safetensors', 'damaged or cut short')),
-    (lambda folder: flip(folder / 'model.safetensors', 0.0), ('model.safetensors', 'damaged or cut short')),
-    (as_bin, ('pytorch_model.bin', 'damaged or cut short')),
-    (evil_pickle, ('pytorch_model.bin', 'would run code')),
-    (drop_shard, ('this shard is missing', 'model.safetensors.index.json')),
-    (lambda folder: (folder / 'model.safetensors').unlink(), ('no weights there', 'pytorch_model.bin')),
-    (longer_vocab, ('68', '67')),
-    (lambda folder: (folder / 'vocab.txt').write_text('\n'.join(peers.SPECIALS)), ('has 5 entries', '67')),
-    (spoil_config(architectures=['RobertaForMaskedLM'], model_type='roberta'), ('RobertaForMaskedLM', 'BertForPreTraining')),
-    (spoil_config(architectures=['BertLMHeadModel']), ('BertLMHeadModel', 'BertForMaskedLM')),
-    (spoil_config(position_embedding_type='relative_key'), ('relative_key', 'absolute')),
-    (spoil_config(layer_norm_eps=1e-5), ('layer_norm_eps', '1e-05', '1e-12')),
-    (spoil_config(hidden_act='silu'), ("'silu'", 'gelu_new')),
-    (spoil_config(intermediate_size=90), ('intermediate.dense.weight', '(80, 48)', '(90, 48)')),
-    (spoil_config(num_hidden_layers=3), ('bert.encoder.layer.2.attention.self.query.weight is missing',)),
-    (change_tensors(lambda s: s.pop('bert.embeddings.LayerNorm.bias')), ('bert.embeddings.LayerNorm.bias is missing',)),
-    (change_tensors(lambda s: s.update({'cls.predictions.decoder.weight': np.ones((67, 48), np.float32)})), ('tied',)),
-    (change_tensors(lambda s: s.update({'classifier.weight': np.ones((2, 48), np.float32)})), ('classifier', 'architectures')),
-])
+@pytest.mark.parametrize(
+    'spoil, words',
+    [
+        (lambda folder: cut(folder / 'model.safetensors'), ('model.safetensors', 'damaged or cut short')),
+        (lambda folder: flip(folder / 'model.safetensors', 0.0), ('model.safetensors', 'damaged or cut short')),
+        (as_bin, ('pytorch_model.bin', 'damaged or cut short')),
+        (evil_pickle, ('pytorch_model.bin', 'would run code')),
+        (drop_shard, ('this shard is missing', 'model.safetensors.index.json')),
+        (lambda folder: (folder / 'model.safetensors').unlink(), ('no weights there', 'pytorch_model.bin')),
+        (longer_vocab, ('68', '67')),
+        (lambda folder: (folder / 'vocab.txt').write_text('\n'.join(peers.SPECIALS)), ('has 5 entries', '67')),
+        (
+            spoil_config(architectures=['RobertaForMaskedLM'], model_type='roberta'),
+            ('RobertaForMaskedLM', 'BertForPreTraining'),
+        ),
+        (spoil_config(architectures=['BertLMHeadModel']), ('BertLMHeadModel', 'BertForMaskedLM')),
+        (spoil_config(position_embedding_type='relative_key'), ('relative_key', 'absolute')),
+        (spoil_config(layer_norm_eps=1e-5), ('layer_norm_eps', '1e-05', '1e-12')),
+        (spoil_config(hidden_act='silu'), ("'silu'", 'gelu_new')),
+        (spoil_config(intermediate_size=90), ('intermediate.dense.weight', '(80, 48)', '(90, 48)')),
+        (spoil_config(num_hidden_layers=3), ('bert.encoder.layer.2.attention.self.query.weight is missing',)),
+        (
+            change_tensors(lambda s: s.pop('bert.embeddings.LayerNorm.bias')),
+            ('bert.embeddings.LayerNorm.bias is missing',),
+        ),
+        (
+            change_tensors(lambda s: s.update({'cls.predictions.decoder.weight': np.ones((67, 48), np.float32)})),
+            ('tied',),
+        ),
+        (
+            change_tensors(lambda s: s.update({'classifier.weight': np.ones((2, 48), np.float32)})),
+            ('classifier', 'architectures'),
+        ),
+    ],
+)
 def test_bad_hugging_face_folders(hf, tmp_path, spoil, words):
     spoil(hf)
     with pytest.raises(UserError) as error:
@@ -396,10 +454,19 @@ def test_bad_tf1_folders(tmp_path, spoil, words):
 def test_bad_targets(hf, tmp_path):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'mine').write_text('precious')
-    expect_error(call_module('convert', '--from', hf, '--to', tmp_path / 'full', '--format', 'hf'), 'not an empty folder')
+    expect_error(
+        call_module('convert', '--from', hf, '--to', tmp_path / 'full', '--format', 'hf'), 'not an empty folder'
+    )
     assert [p.name for p in (tmp_path / 'full').iterdir()] == ['mine']
-    expect_error(call_module('convert', '--from', tmp_path / 'nowhere here', '--to', tmp_path / 'x', '--format', 'hf'), 'no such folder')
-    expect_error(call_module('convert', '--from', ROOT / 'docs', '--to', tmp_path / 'x', '--format', 'hf'), 'no model there', 'workdir')
+    expect_error(
+        call_module('convert', '--from', tmp_path / 'nowhere here', '--to', tmp_path / 'x', '--format', 'hf'),
+        'no such folder',
+    )
+    expect_error(
+        call_module('convert', '--from', ROOT / 'docs', '--to', tmp_path / 'x', '--format', 'hf'),
+        'no model there',
+        'workdir',
+    )
 
 
 @pytest.mark.parametrize('form', ['hf', 'tf1', 'workdir'])
@@ -433,8 +500,10 @@ def test_training_goes_on_from_a_hugging_face_folder(store_path, vocab, tmp_path
                  'another architecture', 'num_layers is 2 there, 3')
     source = pretrained.load(str(tmp_path / 'hf'))
     for override, words in {
-            'encoder.activation=gelu': "activation is 'gelu_new' there, 'gelu' in the config",
-            'encoder.num_heads=4': 'num_heads is 2 there, 4', 'embeddings.max_length=112': 'max_length is 128 there, 112'}.items():
+        'encoder.activation=gelu': "activation is 'gelu_new' there, 'gelu' in the config",
+        'encoder.num_heads=4': 'num_heads is 2 there, 4',
+        'embeddings.max_length=112': 'max_length is 128 there, 112',
+    }.items():
         config = cli.load_config('configs/pretrain.py:tiny,no_nsp', [*TINY, f'--config.model.{override}'])
         config.model.embeddings.vocab_size = 1003
         with pytest.raises(UserError, match=words):
@@ -442,8 +511,11 @@ def test_training_goes_on_from_a_hugging_face_folder(store_path, vocab, tmp_path
     shutil.copytree(tmp_path / 'hf', tmp_path / 'other')
     pieces = (vocab / 'vocab.txt').read_text().split('\n')
     (tmp_path / 'other' / 'vocab.txt').write_text('\n'.join([*pieces[:-3], pieces[-2], pieces[-3], '']))
-    expect_error(call_module(*args[:4], f'--config.init_from={tmp_path / "other"}', *args[5:], '--workdir', tmp_path / 'bad'),
-                 'its tokenizer', 'is not the one of the data')
+    expect_error(
+        call_module(*args[:4], f'--config.init_from={tmp_path / "other"}', *args[5:], '--workdir', tmp_path / 'bad'),
+        'its tokenizer',
+        'is not the one of the data',
+    )
 
 
 def test_fine_tuning_and_prediction_start_from_tf1(tmp_path):
@@ -451,9 +523,19 @@ def test_fine_tuning_and_prediction_start_from_tf1(tmp_path):
     rows = [f'{"w1 w2" if i % 2 else "w3 w4"} w{i % 7 + 5},{"ab"[i % 2]}' for i in range(48)]
     (tmp_path / 'rows.csv').write_text('text,label\n' + '\n'.join(rows) + '\n')
     source = tf1_folder(tmp_path / 'tf1', original())
-    done = call_module('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={source}',
-                      f'--config.task.train_file={tmp_path / "rows.csv"}', '--config.max_length=16', '--config.num_lengths=1',
-                      '--config.batch_size=8', '--config.epochs=2', '--workdir', tmp_path / 'tuned')
+    done = call_module(
+        'finetune',
+        '--config',
+        'configs/finetune.py:classification',
+        f'--config.init_from={source}',
+        f'--config.task.train_file={tmp_path / "rows.csv"}',
+        '--config.max_length=16',
+        '--config.num_lengths=1',
+        '--config.batch_size=8',
+        '--config.epochs=2',
+        '--workdir',
+        tmp_path / 'tuned',
+    )
     assert done.returncode == 0, done.stderr
     convert.convert(str(tmp_path / 'tuned'), str(tmp_path / 'out'), 'hf')
     pipe = transformers.pipeline('text-classification', str(tmp_path / 'out'), top_k=None)

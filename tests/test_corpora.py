@@ -144,19 +144,39 @@ def test_what_a_file_is_follows_from_its_content(tmp_path, name, content, pack):
 
 
 def test_prose_that_begins_like_something_else_is_prose(tmp_path):
-    for text in ('{ a brace } in prose.\nMore.\n', '{"quoted"} words\nMore.\n', '<documents> in angles\nMore.\n', 'BZ is short\nMore.\n', '[1] a note\nMore.\n'):
+    for text in (
+        '{ a brace } in prose.\nMore.\n',
+        '{"quoted"} words\nMore.\n',
+        '<documents> in angles\nMore.\n',
+        'BZ is short\nMore.\n',
+        '[1] a note\nMore.\n',
+    ):
         (tmp_path / 'a.txt').write_text(text)
         assert read(tmp_path / 'a.txt') == [text.split('\n')[:2]]
 
 
-@pytest.mark.parametrize('name, content, words', [
-    ('a.csv', b'text,label\na,b\n', 'a table; give its texts as JSON lines'), ('a.tsv.gz', gzip.compress(b'a\tb\n', mtime=0), 'a table'),
-    ('a.txt', b'\x28\xb5\x2f\xfd\x04\x00', 'packed with zstd'), ('a.txt', b'PK\x03\x04\x14\x00', 'a zip archive'),
-    ('a.txt', 'text\n'.encode('utf-16'), 'UTF-16; iconv'), ('a.txt', 'text\n'.encode('utf-16-le'), r'binary data \(it holds zero bytes\)'),
-    ('a.txt', b'%PDF-1.7 x', 'a PDF'), ('dump', b'<mediawiki xmlns="x">\n<page>\n', 'WikiExtractor does for Wikipedia'),
-    ('a.json', b'[\n {"text": "a"}]', 'a JSON array; JSON lines'), ('a.txt.bz2', b'plain', 'by its name it is packed, but it is not'),
-    ('a.jsonl', b'plain text\nmore\n', r'a\.jsonl:1: not JSON'), ('wiki', b'<doc id="1">\na\n</doc>\nstray\n', 'text outside of <doc>'),
-    ('a.txt', 'Où est la forêt ? Là-bas, près de la rivière gelée.\n'.encode('latin-1') * 9, r'is not: iconv -f ENCODING')])
+@pytest.mark.parametrize(
+    'name, content, words',
+    [
+        ('a.csv', b'text,label\na,b\n', 'a table; give its texts as JSON lines'),
+        ('a.tsv.gz', gzip.compress(b'a\tb\n', mtime=0), 'a table'),
+        ('a.txt', b'\x28\xb5\x2f\xfd\x04\x00', 'packed with zstd'),
+        ('a.txt', b'PK\x03\x04\x14\x00', 'a zip archive'),
+        ('a.txt', 'text\n'.encode('utf-16'), 'UTF-16; iconv'),
+        ('a.txt', 'text\n'.encode('utf-16-le'), r'binary data \(it holds zero bytes\)'),
+        ('a.txt', b'%PDF-1.7 x', 'a PDF'),
+        ('dump', b'<mediawiki xmlns="x">\n<page>\n', 'WikiExtractor does for Wikipedia'),
+        ('a.json', b'[\n {"text": "a"}]', 'a JSON array; JSON lines'),
+        ('a.txt.bz2', b'plain', 'by its name it is packed, but it is not'),
+        ('a.jsonl', b'plain text\nmore\n', r'a\.jsonl:1: not JSON'),
+        ('wiki', b'<doc id="1">\na\n</doc>\nstray\n', 'text outside of <doc>'),
+        (
+            'a.txt',
+            'Où est la forêt ? Là-bas, près de la rivière gelée.\n'.encode('latin-1') * 9,
+            r'is not: iconv -f ENCODING',
+        ),
+    ],
+)
 def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
@@ -175,7 +195,26 @@ def plain_split(text):
 
 def test_sentences_of_any_text_are_those_of_the_rule():
     rng = np.random.default_rng(0)
-    words = ['Mr.', 'e.g.', 'a.', 'B.', 'Prof.', 'so.', 'end!', '"Yes."', '(no?)', '好。', '”', 'Then', 'it', '1', 'etc.', 'Lt. Ltd.', 'xCapt.', '...']
+    words = [
+        'Mr.',
+        'e.g.',
+        'a.',
+        'B.',
+        'Prof.',
+        'so.',
+        'end!',
+        '"Yes."',
+        '(no?)',
+        '好。',
+        '”',
+        'Then',
+        'it',
+        '1',
+        'etc.',
+        'Lt. Ltd.',
+        'xCapt.',
+        '...',
+    ]
     for _ in range(2000):
         text = ''.join(word + ' ' * rng.integers(0, 2) for word in rng.choice(words, rng.integers(1, 12)))
         assert corpora.split_sentences(text) == plain_split(text), text
@@ -192,7 +231,7 @@ def grows(make):
 
 
 def test_reading_takes_as_long_as_the_text_is(tmp_path, monkeypatch):
-    """Sixteen times as long for four times as much, where each block, or each sentence, is looked at from the beginning."""
+    """Sixteen times as long for four times as much, where each block or sentence is looked at from the beginning."""
     assert grows(lambda n: corpora.split_sentences('a. b. c. ' * 15_000 * n)) < 9
     assert grows(lambda n: corpora.split_sentences('Mr. A. ' * 15_000 * n)) < 9
     monkeypatch.setattr(corpora, 'BLOCK_BYTES', 4096)

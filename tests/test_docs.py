@@ -10,7 +10,19 @@ import sys
 import pytest
 from conftest import ROOT, TINY, call_module
 
-ENTRY_POINTS = ('vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features', 'tasks.glue', 'compile_check')
+ENTRY_POINTS = (
+    'vocab',
+    'prepare',
+    'pretrain',
+    'finetune',
+    'predict',
+    'report',
+    'convert',
+    'export',
+    'features',
+    'tasks.glue',
+    'compile_check',
+)
 
 
 def blocks(path, language):
@@ -21,10 +33,25 @@ def test_a_new_target_from_the_data_side_to_the_config(store_path, tmp_path):
     """The page's own code, then the pre-training it promises."""
     *pieces, config = blocks(ROOT / 'docs/new_target.md', 'python')
     (tmp_path / 'sop.py').write_text(config)
-    (tmp_path / 'page.py').write_text('\n'.join([*pieces, 'from bert_jax import cli, pretrain', 'cli.run(pretrain.main)']))
-    done = subprocess.run([sys.executable, tmp_path / 'page.py', '--config', tmp_path / 'sop.py', f'--config.store={store_path}', *TINY,
-                           '--workdir', tmp_path / 'work'], cwd=ROOT, text=True, capture_output=True,
-                          env=os.environ | {'PYTHONPATH': str(ROOT)})
+    (tmp_path / 'page.py').write_text(
+        '\n'.join([*pieces, 'from bert_jax import cli, pretrain', 'cli.run(pretrain.main)'])
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            tmp_path / 'page.py',
+            '--config',
+            tmp_path / 'sop.py',
+            f'--config.store={store_path}',
+            *TINY,
+            '--workdir',
+            tmp_path / 'work',
+        ],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / 'work' / 'results.json').read_text())
     assert {'held_out/sop/loss', 'held_out/sop/accuracy', 'held_out/mlm/loss'} <= results.keys()
@@ -50,7 +77,9 @@ def test_readme_names_every_file_once_and_no_other():
             folders[indent] = folder.group(1)
         within = pathlib.Path(*(folders[depth] for depth in sorted(folders)))
         named += [str(within / name) for name in re.findall(r'(?<![\w./])([a-z0-9_]+\.py)\b', line)]
-    there = [str(p.relative_to(ROOT)) for part in ('bert_jax', 'configs', 'benchmarks') for p in (ROOT / part).rglob('*.py')]
+    there = [
+        str(p.relative_to(ROOT)) for part in ('bert_jax', 'configs', 'benchmarks') for p in (ROOT / part).rglob('*.py')
+    ]
     assert sorted(named) == sorted(name for name in there if not name.endswith('__init__.py'))
 
 
@@ -89,6 +118,8 @@ def test_configs_say_what_they_are_and_load():
     for arg in ('tiny', 'mini', 'small', 'medium', 'base', 'large', 'base,no_nsp', 'large,whole_word,bf16'):
         config = cli.load_config(str(ROOT / 'configs/pretrain.py') + ':' + arg, ['--config.seed=3'])
         assert config.seed == 3 and config.model.encoder.mlp_size == 4 * config.model.embeddings.hidden_size
-    twice = cli.load_config(str(ROOT / 'configs/pretrain.py:tiny'), ['--config.phases=((1,2,3),)', '--config.phases=((4,5,6),)'])
+    twice = cli.load_config(
+        str(ROOT / 'configs/pretrain.py:tiny'), ['--config.phases=((1,2,3),)', '--config.phases=((4,5,6),)']
+    )
     assert twice.phases == ((4, 5, 6),)  # the last word counts
     assert pathlib.Path(ROOT / 'LICENSE').read_text().strip().startswith('Apache License')

@@ -16,7 +16,9 @@ def made(length):
     rng = np.random.default_rng(0)
     embeddings = BertEmbeddings(V, D, 16, 2, 0.0)
     zeros = np.zeros((1, 4), np.int32)
-    params = embeddings.init(jax.random.key(0), dict.fromkeys(('input_ids', 'segment_ids', 'position_ids'), zeros), train=False)
+    params = embeddings.init(
+        jax.random.key(0), dict.fromkeys(('input_ids', 'segment_ids', 'position_ids'), zeros), train=False
+    )
     params['params']['token'] = jnp.asarray(rng.normal(size=(128, D)), jnp.float32)
     x, bias = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, length, D), (128,)))
     ids, weights = rng.integers(0, V, (B, length)), rng.integers(0, 2, (B, length)).astype(np.float32)
@@ -46,7 +48,11 @@ def test_a_loss_in_tiles_never_holds_the_logits_of_all_places():
     whole, tiled, args = made(8 * TILE)
     texts, sizes = [], []
     for function in (whole, tiled):
-        program = jax.jit(jax.grad(lambda *args, f=function: f(*args)['loss'].total, argnums=(0, 1, 2))).lower(*args).compile()
+        program = (
+            jax.jit(jax.grad(lambda *args, f=function: f(*args)['loss'].total, argnums=(0, 1, 2)))
+            .lower(*args)
+            .compile()
+        )
         texts.append(program.as_text())
         sizes.append(program.memory_analysis().temp_size_in_bytes)
     everywhere = re.compile(rf'f32\[(8,{B},{TILE},128|{B},{8 * TILE},128|{B * 8 * TILE},128)\]')

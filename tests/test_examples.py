@@ -69,7 +69,9 @@ def test_no_special_token_is_ever_masked_and_answers_are_the_text(million, store
     real = masked['masked_lm_weights'] > 0
     answers = np.take_along_axis(plain['input_ids'], masked['masked_lm_positions'], 1)
     assert (answers == masked['masked_lm_ids'])[real].all()
-    assert not np.isin(masked['masked_lm_ids'][real], [store.tokenizer.cls_id, store.tokenizer.sep_id, store.tokenizer.pad_id]).any()
+    assert not np.isin(
+        masked['masked_lm_ids'][real], [store.tokenizer.cls_id, store.tokenizer.sep_id, store.tokenizer.pad_id]
+    ).any()
     assert not masked['masked_lm_ids'][~real].any() and not masked['masked_lm_positions'][~real].any()
     ordered = np.diff(np.where(real, masked['masked_lm_positions'], 1000), axis=1)
     assert (ordered >= 0).all()
@@ -87,7 +89,9 @@ def test_every_place_is_as_likely(million, store):
 def test_layout(store):
     batch = make(store).make(0, np.arange(200))
     tok = store.tokenizer
-    for ids, mask, segments, label in zip(*(batch[k] for k in ('input_ids', 'input_mask', 'segment_ids', 'next_sentence_labels'))):
+    for ids, mask, segments, label in zip(
+        *(batch[k] for k in ('input_ids', 'input_mask', 'segment_ids', 'next_sentence_labels'))
+    ):
         n = mask.sum()
         assert mask[:n].all() and not ids[n:].any() and not segments[n:].any()
         assert ids[0] == tok.cls_id and ids[n - 1] == tok.sep_id and segments[n - 1] == 1
@@ -164,7 +168,11 @@ def test_the_pipelines_give_exactly_the_batches(store, monkeypatch, stream, ther
         batches.import_tensorflow().join()
     else:
         alive = iter([True, True, not there] + [not there] * 9)
-        monkeypatch.setattr(batches, 'import_tensorflow', lambda: type('Thread', (), {'is_alive': lambda self: next(alive), 'join': lambda self: None})())
+        monkeypatch.setattr(
+            batches,
+            'import_tensorflow',
+            lambda: type('Thread', (), {'is_alive': lambda self: next(alive), 'join': lambda self: None})(),
+        )
     given = list(batches.STREAMS[stream](lambda step: source.batch(step, 8), 3, 12))
     assert len(given) == 9
     for step, batch in zip(range(3, 12), given):
@@ -410,4 +418,6 @@ def test_a_mixture_has_every_row_of_each_stream_once_in_its_share(store):
 @pytest.mark.parametrize('mixture', [(1,), (0, 1), (1, 1, 1)])
 def test_a_mixture_that_does_not_fit_its_stores_is_refused(store, mixture):
     with pytest.raises(UserError, match='for each of the 2 stores'):
-        examples.mixed([store.train, store.held_out], store.tokenizer, 0, 64, name='documents', mixture=mixture, **AS_IN_THE_PAPER)
+        examples.mixed(
+            [store.train, store.held_out], store.tokenizer, 0, 64, name='documents', mixture=mixture, **AS_IN_THE_PAPER
+        )

@@ -18,7 +18,9 @@ import bert_jax
 def run_example(folder, *texts):
     """In a directory and with a path of its own, so that nothing of bert_jax can be found."""
     env = {name: value for name, value in os.environ.items() if name not in ('PYTHONPATH', 'XLA_FLAGS')}
-    done = subprocess.run([sys.executable, folder / 'example.py', *texts], cwd='/', text=True, capture_output=True, env=env)
+    done = subprocess.run(
+        [sys.executable, folder / 'example.py', *texts], cwd='/', text=True, capture_output=True, env=env
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -56,7 +58,9 @@ def test_a_masked_language_model_equals_predict(kind, vocab, sentencepiece_vocab
     ours = bert_jax.load(str(tmp_path / 'hf'))(text)['masks']
     theirs = run_example(tmp_path / 'out', text)
     assert [list(mask) for mask in theirs] == [[guess['token'] for guess in mask] for mask in ours]
-    np.testing.assert_allclose([list(mask.values()) for mask in theirs], [[g['score'] for g in mask] for mask in ours], atol=1e-5)
+    np.testing.assert_allclose(
+        [list(mask.values()) for mask in theirs], [[g['score'] for g in mask] for mask in ours], atol=1e-5
+    )
 
 
 def test_what_is_in_the_folder(classifier, tmp_path):
@@ -67,7 +71,9 @@ def test_what_is_in_the_folder(classifier, tmp_path):
     weights = np.load(tmp_path / 'out' / 'weights.npz')
     assert weights['embeddings/token'].shape == (67, 48)  # without padding
     tree = ast.parse((tmp_path / 'out' / 'example.py').read_text())
-    imported = {name.name.split('.')[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    imported = {
+        name.name.split('.')[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    }
     imported |= {node.module.split('.')[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imported - set(sys.stdlib_module_names) == {'jax', 'numpy', 'tokenizers', 'sentencepiece'}
 

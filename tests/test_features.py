@@ -38,15 +38,32 @@ def hidden_states(folder, text):
         ids, segments = [*ids, *part, tok.sep_id], segments + [1] * (len(part) + 1)
     peer = transformers.BertModel.from_pretrained(folder).eval()
     with torch.no_grad():
-        states = peer(torch.tensor([ids]), token_type_ids=torch.tensor([segments]), output_hidden_states=True).hidden_states
+        states = peer(
+            torch.tensor([ids]), token_type_ids=torch.tensor([segments]), output_hidden_states=True
+        ).hidden_states
     return torch.stack(states)[:, 0].numpy(), ids
 
 
 @pytest.mark.parametrize('form', ['safetensors', 'hdf5', 'jsonl'])
 def test_vectors_equal_hugging_face(folder, tmp_path, form):
     (tmp_path / 'in.txt').write_text('\n'.join(TEXTS) + '\n')
-    done = call_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', '--format', form,
-                      '--layers', 'embeddings,2,-1,sum4,concat4', '--part_size', '7', '--batch_size', '4')
+    done = call_module(
+        'features',
+        '--from',
+        folder,
+        '--input',
+        tmp_path / 'in.txt',
+        '--output',
+        tmp_path / 'out',
+        '--format',
+        form,
+        '--layers',
+        'embeddings,2,-1,sum4,concat4',
+        '--part_size',
+        '7',
+        '--batch_size',
+        '4',
+    )
     assert done.returncode == 0, done.stderr
     parts = sorted(p for p in (tmp_path / 'out').iterdir() if p.name.startswith('part-'))
     assert len(parts) == 3
@@ -70,7 +87,19 @@ def test_vectors_equal_hugging_face(folder, tmp_path, form):
 def test_pooled_and_resumed(folder, tmp_path):
     (tmp_path / 'in.txt').write_text('\n'.join(TEXTS) + '\n')
     for pool, of in (('cls', lambda x: x[0]), ('mean', lambda x: x.mean(0))):
-        args = ('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / pool, '--pool', pool, '--part_size', '5')
+        args = (
+            'features',
+            '--from',
+            folder,
+            '--input',
+            tmp_path / 'in.txt',
+            '--output',
+            tmp_path / pool,
+            '--pool',
+            pool,
+            '--part_size',
+            '5',
+        )
         assert call_module(*args).returncode == 0
         states, _ = hidden_states(folder, TEXTS[3])
         found = safetensors.numpy.load_file(tmp_path / pool / 'part-00000.safetensors')['3/-1']
@@ -86,11 +115,20 @@ def test_pooled_and_resumed(folder, tmp_path):
     expect_error(call_module(*args), 'other settings (sha256)')
 
 
-@pytest.mark.parametrize('args, words', [
-    (('--layers', '6'), ('--layers 6', '1 to 5', 'concat4')), (('--max_length', '41'), ('8 to 40',)), (('--max_length', '2'), ('8 to 40',))])
+@pytest.mark.parametrize(
+    'args, words',
+    [
+        (('--layers', '6'), ('--layers 6', '1 to 5', 'concat4')),
+        (('--max_length', '41'), ('8 to 40',)),
+        (('--max_length', '2'), ('8 to 40',)),
+    ],
+)
 def test_bad_input(folder, tmp_path, args, words):
     (tmp_path / 'in.txt').write_text('w1\n')
-    expect_error(call_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', *args), *words)
+    expect_error(
+        call_module('features', '--from', folder, '--input', tmp_path / 'in.txt', '--output', tmp_path / 'out', *args),
+        *words,
+    )
     assert not (tmp_path / 'out').exists()
 
 
@@ -104,12 +142,26 @@ def test_the_last_four_of_three_layers_are_refused(tmp_path):
 
 @pytest.mark.parametrize('features', ['concat_last4', 'sum_all'])  # a concatenation, a learned sum
 def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, folder, tmp_path):
-    c = config('conll2003', folder, make('conll2003', tmp_path), 'epochs=30.0', 'evals_per_epoch=1', f'task.features={features}',
-               'task.lstm_size=24', 'task.document_context=False', 'schedule.peak=1e-2')
+    c = config(
+        'conll2003',
+        folder,
+        make('conll2003', tmp_path),
+        'epochs=30.0',
+        'evals_per_epoch=1',
+        f'task.features={features}',
+        'task.lstm_size=24',
+        'task.document_context=False',
+        'schedule.peak=1e-2',
+    )
     job = finetune.Job(c, finetune.read_task(c))
     state = job.run.init(0)
-    slots = {'/'.join(str(getattr(key, 'key', '')) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
-    assert not any('encoder' in name or 'embeddings' in name for name in slots) and any('targets_bilstm' in name for name in slots)
+    slots = {
+        '/'.join(str(getattr(key, 'key', '')) for key in path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    }
+    assert not any('encoder' in name or 'embeddings' in name for name in slots) and any(
+        'targets_bilstm' in name for name in slots
+    )
     results = finetune.train_task(job, c, str(tmp_path / 'work'))
     assert results['dev/f1'] == 1, results
     from bert_jax import checkpoint
@@ -119,8 +171,12 @@ def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, f
         jax.tree.map(np.testing.assert_array_equal, params[part], job.source.params[part])
     lines = (tmp_path / 'work' / 'predictions_dev.conll').read_text().split('\n\n')
     sentences = [[line.split() for line in part.strip().splitlines()] for part in lines]
-    for found, sentence in zip(bert_jax.load(str(tmp_path / 'work'))([' '.join(word for word, *_ in one) for one in sentences]), sentences):
-        assert found['tags'] == [tag for *_, tag in sentence] and 0.4 < min(found['scores']) <= max(found['scores']) <= 1
+    for found, sentence in zip(
+        bert_jax.load(str(tmp_path / 'work'))([' '.join(word for word, *_ in one) for one in sentences]), sentences
+    ):
+        assert (
+            found['tags'] == [tag for *_, tag in sentence] and 0.4 < min(found['scores']) <= max(found['scores']) <= 1
+        )
         for entity in found['entities']:
             assert entity['score'] == pytest.approx(np.mean(found['scores'][entity['begin']:entity['end']]), abs=1e-5)
 
@@ -135,12 +191,22 @@ def test_too_few_layers_for_a_row_of_table_7(model, tmp_path):  # noqa: F811
 
 def test_which_layers_each_row_of_table_7_takes():
     hidden = np.random.default_rng(0).normal(size=(13, 2, 3, 4)).astype(np.float32)  # embeddings and twelve layers
-    expected = {'embeddings': hidden[0], 'second_to_last': hidden[11], 'last': hidden[12], 'concat_last4': np.concatenate(hidden[9:], -1),
-                'sum_last4': hidden[9:].mean(0), 'sum_all': hidden[1:].mean(0)}  # before anything is learned the weights are equal
+    expected = {
+        'embeddings': hidden[0],
+        'second_to_last': hidden[11],
+        'last': hidden[12],
+        'concat_last4': np.concatenate(hidden[9:], -1),
+        'sum_last4': hidden[9:].mean(0),
+        'sum_all': hidden[1:].mean(0),
+    }  # before anything is learned the weights are equal
     for features, wanted in expected.items():
         reads = BiLstmTagging(3, features, 5, 0.0).reads
-        head = types.SimpleNamespace(features=features, reads=reads, param=lambda name, init, shape: init(jax.random.key(0), shape))
-        found = BiLstmTagging._features(head, {read: hidden[1:] if read[1] == 'all' else hidden[read[1]] for read in reads})
+        head = types.SimpleNamespace(
+            features=features, reads=reads, param=lambda name, init, shape: init(jax.random.key(0), shape)
+        )
+        found = BiLstmTagging._features(
+            head, {read: hidden[1:] if read[1] == 'all' else hidden[read[1]] for read in reads}
+        )
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -166,7 +232,9 @@ def test_the_bilstm_equals_pytorch():
                                     ('bias_hh', cell['inputs']['bias'])):
                     getattr(theirs, f'{name}_l{layer}{ending}').copy_(torch.tensor(array))
                 getattr(theirs, f'bias_ih_l{layer}{ending}').zero_()
-    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.tensor(hidden[-1]), torch.tensor(lengths), True, enforce_sorted=False)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        torch.tensor(hidden[-1]), torch.tensor(lengths), True, enforce_sorted=False
+    )
     out, _ = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], True)
     expected = out @ torch.tensor(params['dense']['kernel']) + torch.tensor(params['dense']['bias'])
     real = example['input_mask'] > 0
@@ -176,6 +244,9 @@ def test_the_bilstm_equals_pytorch():
     found = jax.grad(lambda p: (apply(p) * weights).sum())(params)
     for layer in range(2):
         for side, ending in (('forward', ''), ('backward', '_reverse')):
-            for name, array in (('weight_ih', found[f'{side}_{layer}']['inputs']['kernel'].T), ('bias_hh', found[f'{side}_{layer}']['inputs']['bias']),
-                                ('weight_hh', found[f'{side}_{layer}']['recurrent'].T)):
+            for name, array in (
+                ('weight_ih', found[f'{side}_{layer}']['inputs']['kernel'].T),
+                ('bias_hh', found[f'{side}_{layer}']['inputs']['bias']),
+                ('weight_hh', found[f'{side}_{layer}']['recurrent'].T),
+            ):
                 np.testing.assert_allclose(array, getattr(theirs, f'{name}_l{layer}{ending}').grad.numpy(), atol=1e-5)

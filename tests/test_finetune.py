@@ -21,7 +21,11 @@ from bert_jax.formats import pretrained
 from bert_jax.tasks import tables, tasks, texts
 from bert_jax.tasks.task import Task
 
-WORDS = {'spam': 'raise exception error traceback', 'ham': 'import module package name', 'eggs': 'sequence list tuple item'}
+WORDS = {
+    'spam': 'raise exception error traceback',
+    'ham': 'import module package name',
+    'eggs': 'sequence list tuple item',
+}
 
 
 def rows(count, seed=0):
@@ -43,9 +47,19 @@ def write(path, data, header=('body', 'kind'), pair=False):
 
 
 def settings(pretrained, train, *overrides):
-    return ['--config', 'configs/finetune.py:classification', f'--config.init_from={pretrained}', f'--config.task.train_file={train}',
-            '--config.task.text_column=body', '--config.task.label_column=kind', '--config.batch_size=8', '--config.log_every=5',
-            '--config.schedule.peak=2e-3', '--config.max_length=32', *overrides]
+    return [
+        '--config',
+        'configs/finetune.py:classification',
+        f'--config.init_from={pretrained}',
+        f'--config.task.train_file={train}',
+        '--config.task.text_column=body',
+        '--config.task.label_column=kind',
+        '--config.batch_size=8',
+        '--config.log_every=5',
+        '--config.schedule.peak=2e-3',
+        '--config.max_length=32',
+        *overrides,
+    ]
 
 
 def load_config(pretrained, train, *overrides):
@@ -56,9 +70,19 @@ def load_config(pretrained, train, *overrides):
 @pytest.fixture(scope='module')
 def tuned(pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp('tuned')
-    train, dev, test = (write(folder / f'{n}.csv', rows(c, s)) for s, (n, c) in enumerate((('train', 600), ('dev', 41), ('test', 7))))
-    args = settings(pretrained, train, f'--config.task.dev_file={dev}', f'--config.task.test_file={test}', '--config.batch_size=16',
-                    '--config.epochs=10', '--config.schedule.peak=5e-4', '--config.dropout_rate=0.0')  # none of eight seeds fails
+    train, dev, test = (
+        write(folder / f'{n}.csv', rows(c, s)) for s, (n, c) in enumerate((('train', 600), ('dev', 41), ('test', 7)))
+    )
+    args = settings(
+        pretrained,
+        train,
+        f'--config.task.dev_file={dev}',
+        f'--config.task.test_file={test}',
+        '--config.batch_size=16',
+        '--config.epochs=10',
+        '--config.schedule.peak=5e-4',
+        '--config.dropout_rate=0.0',
+    )  # none of eight seeds fails
     result = run_module('finetune', *args, '--workdir', folder / 'work')
     assert result.returncode == 0, result.stderr
     return folder / 'work', args
@@ -76,7 +100,9 @@ def test_learns_what_there_is_to_learn_and_writes_it_down(tuned):
     table = [r[1:] for r in table]  # prediction and label at 1 and 2
     accuracy = np.mean([r[1] == r[2] for r in table])
     assert accuracy == pytest.approx(results['dev/accuracy'])
-    f1 = sklearn.metrics.f1_score([r[2] for r in table], [r[1] for r in table], labels=['eggs', 'ham', 'spam'], average=None)
+    f1 = sklearn.metrics.f1_score(
+        [r[2] for r in table], [r[1] for r in table], labels=['eggs', 'ham', 'spam'], average=None
+    )
     np.testing.assert_allclose([results[f'dev/f1[{n}]'] for n in ('eggs', 'ham', 'spam')], f1)
     assert len((work / 'predictions_test.tsv').read_text().splitlines()) == 8
 
@@ -95,11 +121,15 @@ def test_restarts_from_a_workdir_begin_with_the_same_weights(pretrained, tmp_pat
     finetune.finetune(load_config(pretrained, train, '--config.epochs=1', '--config.seeds=2'), str(tmp_path / 'both'))
     finetune.finetune(load_config(pretrained, train, '--config.epochs=1', '--config.seed=1'), str(tmp_path / 'second'))
     both = json.loads((tmp_path / 'both' / 'sweep.json').read_text())
-    assert both['runs']['seed1']['dev/loss'] == json.loads((tmp_path / 'second' / 'results.json').read_text())['dev/loss']
+    assert (
+        both['runs']['seed1']['dev/loss'] == json.loads((tmp_path / 'second' / 'results.json').read_text())['dev/loss']
+    )
 
 
 def test_positions_that_pretraining_never_saw_are_said_and_remat_is_this_runs_own(pretrained, tmp_path, capfd):
-    train = write(tmp_path / 'train.csv', [(f'{text} ' * (25 if i else 1), label) for i, (text, label) in enumerate(rows(30))])
+    train = write(
+        tmp_path / 'train.csv', [(f'{text} ' * (25 if i else 1), label) for i, (text, label) in enumerate(rows(30))]
+    )
     for length, said in ((96, False), (128, True)):
         c = load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full')
         job = finetune.Job(c, finetune.read_task(c))
@@ -158,7 +188,9 @@ def test_filling_masks(pretrained, tmp_path):
     expect_error(call_module('predict', '--workdir', pretrained, 'no mask'), 'no [MASK]')
     (tmp_path / 'in.txt').write_text('a [MASK]\n\nno mask\n')
     expect_error(call_module('predict', '--workdir', pretrained, '--input', tmp_path / 'in.txt'), 'in.txt:3: no [MASK]')
-    expect_error(call_module('predict', '--workdir', pretrained, 'word ' * 200 + '[MASK]'), 'lies beyond the 128 tokens')
+    expect_error(
+        call_module('predict', '--workdir', pretrained, 'word ' * 200 + '[MASK]'), 'lies beyond the 128 tokens'
+    )
     expect_error(call_module('predict', '--workdir', pretrained), 'No text')
     expect_error(call_module('predict', '--workdir', tmp_path, 'x'), 'no model there', 'expected a workdir')
     expect_error(call_module('predict', '--workdir', pretrained, '--input', tmp_path / 'none.txt'), 'none.txt')
@@ -168,8 +200,16 @@ def test_filling_masks(pretrained, tmp_path):
 @pytest.mark.parametrize('pair', [False, True])
 def test_every_format_gives_the_same_rows(tmp_path, suffix, pair):
     path = write(tmp_path / f'a{suffix}', rows(60), pair=pair)
-    data = tasks.TASKS['classification'](train_file=str(path), dev_file='', test_file='', text_column='body', text_pair_column='other' * pair,
-                                label_column='kind', labels=(), dev_share=0.3)
+    data = tasks.TASKS['classification'](
+        train_file=str(path),
+        dev_file='',
+        test_file='',
+        text_column='body',
+        text_pair_column='other' * pair,
+        label_column='kind',
+        labels=(),
+        dev_share=0.3,
+    )
     found = sorted((r.text, r.label) for split in ('train', 'dev') for r in data.splits[split])
     assert found == sorted(rows(60)) and data.labels == ('eggs', 'ham', 'spam')
     assert all(r.pair == (r.text[::-1] if pair else None) for r in data.splits['dev'])
@@ -179,7 +219,9 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix, pair):
 
 def encoded(vocab, lines, max_length=32, pair=None):
     data = [texts.Row(t, pair, 'a', '') for t in lines]
-    return texts.encode(Task('classification', {}, ('a', 'b')), data, tokenizer.load(vocab), max_length, (16, max_length))
+    return texts.encode(
+        Task('classification', {}, ('a', 'b')), data, tokenizer.load(vocab), max_length, (16, max_length)
+    )
 
 
 def test_rows_become_cls_a_sep_b_sep(vocab):
@@ -233,7 +275,11 @@ def bad(tmp_path, content, name='train.csv'):
     ('body,kind\na,x\nb,y\n', ('too few',)),
 ])
 def test_bad_tables_name_file_and_line(pretrained, tmp_path, content, words):
-    overrides = ['--config.task.dev_share=0.0001'] if 'too few' in words[0] else [f'--config.task.dev_file={bad(tmp_path, content, "dev.csv")}']
+    overrides = (
+        ['--config.task.dev_share=0.0001']
+        if 'too few' in words[0]
+        else [f'--config.task.dev_file={bad(tmp_path, content, "dev.csv")}']
+    )
     config = load_config(pretrained, bad(tmp_path, content), *overrides)
     with pytest.raises(UserError) as error:
         finetune.finetune(config, str(tmp_path / 'work'))
@@ -304,7 +350,9 @@ def test_killing_is_not_losing(pretrained, tuned, tmp_path):
     other = tmp_path / 'other'
     command = [sys.executable, '-m', 'bert_jax.finetune', *map(str, args), '--workdir', str(other)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and (not (other / 'log.jsonl').exists() or (other / 'log.jsonl').read_text().count('dev/loss') < 3):
+    while process.poll() is None and (
+        not (other / 'log.jsonl').exists() or (other / 'log.jsonl').read_text().count('dev/loss') < 3
+    ):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL

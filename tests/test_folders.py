@@ -23,9 +23,29 @@ from bert_jax.data import tokenizer
 from bert_jax.formats import huggingface, pretrained, tf_bundle
 from bert_jax.tasks import texts
 
-POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n'
-CASED = [*peers.SPECIALS, 'Go', 'go', 'É', 'é', 'E', 'e', 'Café', 'café', 'Cafe', 'cafe', '中', '##国', '中国', '<s>', '[new]', '##s', ',']
-TEXTS = ['Go', 'go, Café', 'CAFÉ cafés', 'É é e E', '中国 go', '中国', 'Go\u0301 e\u0301', 'Gos [new] <s> go', '', '[new]']
+POINTER = f'version https://git-lfs.github.com/spec/v1\noid sha256:{"4d7a" * 16}\nsize 12345\n'
+CASED = [
+    *peers.SPECIALS,
+    'Go',
+    'go',
+    'É',
+    'é',
+    'E',
+    'e',
+    'Café',
+    'café',
+    'Cafe',
+    'cafe',
+    '中',
+    '##国',
+    '中国',
+    '<s>',
+    '[new]',
+    '##s',
+    ',',
+]
+TEXTS = ['Go', 'go, Café', 'CAFÉ cafés', 'É é e E', '中国 go', '中国',
+         'Go\u0301 e\u0301', 'Gos [new] <s> go', '', '[new]']
 
 
 @pytest.fixture(scope='module')
@@ -91,26 +111,48 @@ def tokenizer_folder(folder, vocab=True, **files):
 CASED_JSON, LOWER_JSON = library(lowercase=False), library(lowercase=True)
 
 
-@pytest.mark.parametrize('files', [
-    {},
-    {'tokenizer_config': {'do_lower_case': False}},
-    {'tokenizer_config': {'do_lower_case': True, 'strip_accents': False}},
-    {'tokenizer_config': {'do_lower_case': False, 'tokenize_chinese_chars': False}},
-    {'tokenizer': CASED_JSON},
-    {'tokenizer': CASED_JSON, 'tokenizer_config': {'do_lower_case': True}},
-    {'tokenizer': LOWER_JSON, 'tokenizer_config': {'do_lower_case': False}},
-    {'tokenizer': LOWER_JSON, 'tokenizer_config': {'tokenizer_class': 'BertTokenizerFast', 'do_lower_case': False}},
-    {'tokenizer': LOWER_JSON, 'tokenizer_config': {'tokenizer_class': 'PreTrainedTokenizerFast', 'do_lower_case': False}},
-    {'tokenizer': CASED_JSON, 'config': {'model_type': 'bert', 'tokenizer_class': 'PreTrainedTokenizerFast'}},
-    {'tokenizer': library(lowercase=False, strip_accents=True), 'tokenizer_config': {'do_lower_case': False}},
-    {'tokenizer': library(lowercase=True, strip_accents=False), 'tokenizer_config': {'do_lower_case': True, 'strip_accents': None}},
-    {'tokenizer': library(lowercase=False, handle_chinese_chars=False), 'tokenizer_config': {'do_lower_case': False}},
-    {'tokenizer_config': {'do_lower_case': False, 'tokenizer_class': 'ElectraTokenizer'}},
-    {'tokenizer_config': {'cls_token': 'Go'}, 'special_tokens_map': {'cls_token': '[CLS]'}},
-    {'special_tokens_map': {'mask_token': {'content': '[MASK]', 'lstrip': True, 'rstrip': False, 'normalized': False,
-                                           'single_word': False}}},
-    {'added_tokens': {'[MASK]': 4}},
-], ids=str)
+@pytest.mark.parametrize(
+    'files',
+    [
+        {},
+        {'tokenizer_config': {'do_lower_case': False}},
+        {'tokenizer_config': {'do_lower_case': True, 'strip_accents': False}},
+        {'tokenizer_config': {'do_lower_case': False, 'tokenize_chinese_chars': False}},
+        {'tokenizer': CASED_JSON},
+        {'tokenizer': CASED_JSON, 'tokenizer_config': {'do_lower_case': True}},
+        {'tokenizer': LOWER_JSON, 'tokenizer_config': {'do_lower_case': False}},
+        {'tokenizer': LOWER_JSON, 'tokenizer_config': {'tokenizer_class': 'BertTokenizerFast', 'do_lower_case': False}},
+        {
+            'tokenizer': LOWER_JSON,
+            'tokenizer_config': {'tokenizer_class': 'PreTrainedTokenizerFast', 'do_lower_case': False},
+        },
+        {'tokenizer': CASED_JSON, 'config': {'model_type': 'bert', 'tokenizer_class': 'PreTrainedTokenizerFast'}},
+        {'tokenizer': library(lowercase=False, strip_accents=True), 'tokenizer_config': {'do_lower_case': False}},
+        {
+            'tokenizer': library(lowercase=True, strip_accents=False),
+            'tokenizer_config': {'do_lower_case': True, 'strip_accents': None},
+        },
+        {
+            'tokenizer': library(lowercase=False, handle_chinese_chars=False),
+            'tokenizer_config': {'do_lower_case': False},
+        },
+        {'tokenizer_config': {'do_lower_case': False, 'tokenizer_class': 'ElectraTokenizer'}},
+        {'tokenizer_config': {'cls_token': 'Go'}, 'special_tokens_map': {'cls_token': '[CLS]'}},
+        {
+            'special_tokens_map': {
+                'mask_token': {
+                    'content': '[MASK]',
+                    'lstrip': True,
+                    'rstrip': False,
+                    'normalized': False,
+                    'single_word': False,
+                }
+            }
+        },
+        {'added_tokens': {'[MASK]': 4}},
+    ],
+    ids=str,
+)
 def test_ids_are_those_of_transformers(tmp_path, files):
     folder = tokenizer_folder(tmp_path / 'folder', **files)
     ours, theirs = tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
@@ -149,29 +191,49 @@ def frame(*single):
 FAST = {'tokenizer_class': 'PreTrainedTokenizerFast'}
 
 
-@pytest.mark.parametrize('files, words', [
-    ({'tokenizer_config': {'tokenizer_class': 'BertJapaneseTokenizer'}}, ('BertJapaneseTokenizer', 'BertTokenizer')),
-    ({'tokenizer_config': {'tokenizer_class': 'RoFormerTokenizerFast'}, 'tokenizer': LOWER_JSON}, ('RoFormerTokenizer',)),
-    ({'config': {'model_type': 'bert', 'tokenizer_class': 'BertweetTokenizer'}}, ('BertweetTokenizer',)),
-    ({'tokenizer_config': {'cls_token': 'Go'}}, ('cls_token', "'Go'", "'[CLS]'")),
-    ({'special_tokens_map': {'sep_token': {'content': '<s>'}}}, ('sep_token', "'<s>'")),
-    ({'tokenizer_config': {'added_tokens_decoder': {}, 'mask_token': 'Go'}, 'special_tokens_map': {'mask_token': '[MASK]'}},
-     ('mask_token', "'Go'")),
-    ({'added_tokens': {'<entity>': 22}}, ("'<entity>'", 'added_tokens.json')),
-    ({'added_tokens': {'[new]': 19}}, ("'[new]'",)),
-    ({'tokenizer_config': {'added_tokens_decoder': {'19': {'content': '[new]'}}}}, ("'[new]'",)),
-    ({'tokenizer_config': {'extra_special_tokens': ['[new]']}}, ("'[new]'",)),
-    ({'tokenizer_config': {'extra_special_tokens': {'image_token': '[new]'}}}, ("'[new]'",)),
-    ({'special_tokens_map': {'additional_special_tokens': ['[new]']}}, ("'[new]'",)),
-    ({'tokenizer_config': {'bos_token': '<s>'}}, ("'<s>'",)),
-    ({'tokenizer': library(lowercase=True, added=['[new]'])}, ("'[new]'",)),
-    ({'tokenizer': library(lowercase=True, added=['<s>'])}, ("'<s>'",)),
-    ({'tokenizer': library(lowercase=True, post_processor=frame('[CLS]', '$A', '[SEP]')), 'tokenizer_config': FAST},
-     ('[CLS] a', 'BERT has')),
-    ({'tokenizer_config': {'do_lower_case': 'false'}}, ('do_lower_case', "'false'")),
-    ({'tokenizer_config': ['do_lower_case']}, ('tokenizer_config.json', 'list')),
-    ({'added_tokens': 3}, ('added_tokens.json', 'int')),
-], ids=str)
+@pytest.mark.parametrize(
+    'files, words',
+    [
+        (
+            {'tokenizer_config': {'tokenizer_class': 'BertJapaneseTokenizer'}},
+            ('BertJapaneseTokenizer', 'BertTokenizer'),
+        ),
+        (
+            {'tokenizer_config': {'tokenizer_class': 'RoFormerTokenizerFast'}, 'tokenizer': LOWER_JSON},
+            ('RoFormerTokenizer',),
+        ),
+        ({'config': {'model_type': 'bert', 'tokenizer_class': 'BertweetTokenizer'}}, ('BertweetTokenizer',)),
+        ({'tokenizer_config': {'cls_token': 'Go'}}, ('cls_token', "'Go'", "'[CLS]'")),
+        ({'special_tokens_map': {'sep_token': {'content': '<s>'}}}, ('sep_token', "'<s>'")),
+        (
+            {
+                'tokenizer_config': {'added_tokens_decoder': {}, 'mask_token': 'Go'},
+                'special_tokens_map': {'mask_token': '[MASK]'},
+            },
+            ('mask_token', "'Go'"),
+        ),
+        ({'added_tokens': {'<entity>': 22}}, ("'<entity>'", 'added_tokens.json')),
+        ({'added_tokens': {'[new]': 19}}, ("'[new]'",)),
+        ({'tokenizer_config': {'added_tokens_decoder': {'19': {'content': '[new]'}}}}, ("'[new]'",)),
+        ({'tokenizer_config': {'extra_special_tokens': ['[new]']}}, ("'[new]'",)),
+        ({'tokenizer_config': {'extra_special_tokens': {'image_token': '[new]'}}}, ("'[new]'",)),
+        ({'special_tokens_map': {'additional_special_tokens': ['[new]']}}, ("'[new]'",)),
+        ({'tokenizer_config': {'bos_token': '<s>'}}, ("'<s>'",)),
+        ({'tokenizer': library(lowercase=True, added=['[new]'])}, ("'[new]'",)),
+        ({'tokenizer': library(lowercase=True, added=['<s>'])}, ("'<s>'",)),
+        (
+            {
+                'tokenizer': library(lowercase=True, post_processor=frame('[CLS]', '$A', '[SEP]')),
+                'tokenizer_config': FAST,
+            },
+            ('[CLS] a', 'BERT has'),
+        ),
+        ({'tokenizer_config': {'do_lower_case': 'false'}}, ('do_lower_case', "'false'")),
+        ({'tokenizer_config': ['do_lower_case']}, ('tokenizer_config.json', 'list')),
+        ({'added_tokens': 3}, ('added_tokens.json', 'int')),
+    ],
+    ids=str,
+)
 def test_tokenizers_that_are_not_read(tmp_path, files, words):
     refused(tokenizer_folder(tmp_path / 'folder', **files), *words, load=tokenizer.load)
 
@@ -180,7 +242,10 @@ def test_a_sentencepiece_model_that_is_not_the_tokenizer_json(tmp_path, sentence
     huggingface.write_tokenizer(tokenizer.load(sentencepiece_vocab), tmp_path, 64)
     assert tokenizer.load(tmp_path).vocab_size == 1003
     content = json.loads((tmp_path / 'tokenizer.json').read_text())
-    content['model']['vocab'][7], content['model']['vocab'][8] = content['model']['vocab'][8], content['model']['vocab'][7]
+    content['model']['vocab'][7], content['model']['vocab'][8] = (
+        content['model']['vocab'][8],
+        content['model']['vocab'][7],
+    )
     write(tmp_path, tokenizer=content)
     refused(tmp_path, 'tokenizer.json', 'tokenizer.model', load=tokenizer.load)
     write(tmp_path, tokenizer_config={'tokenizer_class': 'AlbertTokenizer'})
@@ -218,8 +283,14 @@ def test_a_quantization_config_is_refused(folder):
     refused(source, 'quantization_config', 'bitsandbytes')
 
 
-@pytest.mark.parametrize('dtype, words', [(torch.float16, 'float16 there; converted to float32.'), (torch.bfloat16, 'bfloat16'),
-                                          (torch.float64, 'float64 there; converted to float32, which keeps fewer digits')])
+@pytest.mark.parametrize(
+    'dtype, words',
+    [
+        (torch.float16, 'float16 there; converted to float32.'),
+        (torch.bfloat16, 'bfloat16'),
+        (torch.float64, 'float64 there; converted to float32, which keeps fewer digits'),
+    ],
+)
 @pytest.mark.parametrize('form', ['safetensors', 'bin'])
 def test_other_floats_are_converted_and_named(saved, tmp_path, capsys, dtype, words, form):
     peer = peers.model().to(dtype)
@@ -264,14 +335,20 @@ def swap(name, content):
     return np.frombuffer(content, '<f4').astype('>f4').tobytes() if '/data/' in name else content
 
 
-@pytest.mark.parametrize('spoil', [
-    lambda file, state: rezip(file, zipfile.ZIP_DEFLATED),
-    lambda file, state: rezip(file, zipfile.ZIP_STORED),
-    lambda file, state: rezip(file, zipfile.ZIP_STORED, swap),
-    lambda file, state: torch.save(state, file, _use_new_zipfile_serialization=False),
-    lambda file, state: torch.save({name: torch.nn.Parameter(x) for name, x in state.items()} | {'epoch': 3}, file),
-    lambda file, state: torch.save({name: x.mT.contiguous().mT if x.ndim == 2 else x for name, x in state.items()}, file),
-], ids=['compressed', 'stored', 'big_endian', 'legacy', 'parameters', 'strided'])
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        lambda file, state: rezip(file, zipfile.ZIP_DEFLATED),
+        lambda file, state: rezip(file, zipfile.ZIP_STORED),
+        lambda file, state: rezip(file, zipfile.ZIP_STORED, swap),
+        lambda file, state: torch.save(state, file, _use_new_zipfile_serialization=False),
+        lambda file, state: torch.save({name: torch.nn.Parameter(x) for name, x in state.items()} | {'epoch': 3}, file),
+        lambda file, state: torch.save(
+            {name: x.mT.contiguous().mT if x.ndim == 2 else x for name, x in state.items()}, file
+        ),
+    ],
+    ids=['compressed', 'stored', 'big_endian', 'legacy', 'parameters', 'strided'],
+)
 def test_odd_files_of_pytorch_are_read_right(folder, spoil):
     source = folder()
     expected = pretrained.load(source).params
@@ -280,20 +357,30 @@ def test_odd_files_of_pytorch_are_read_right(folder, spoil):
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(source).params, expected)
 
 
-@pytest.mark.parametrize('spoil, words', [
-    (lambda file, state: rezip(file, zipfile.ZIP_LZMA), ('damaged',)),
-    (lambda file, state: file.write_text('<html>404: not found</html>'), ('not a file of PyTorch',)),
-    (lambda file, state: file.write_bytes(b''), ('not a file of PyTorch',)),
-    (lambda file, state: file.write_text(POINTER), ('Git LFS pointer', 'git lfs pull')),
-    (lambda file, state: torch.save([1, 2], file), ('a list',)),
-    (lambda file, state: torch.save({'model': state, 'epoch': 3}, file), ("'model', 'epoch'",)),
-    (lambda file, state: torch.save(state | {POOLER: torch.ones(48, 48).to_sparse()}, file), (POOLER, 'sparse')),
-    (lambda file, state: torch.save(state | {POOLER: torch.ones(48, 48, device='meta')}, file), (POOLER, 'meta')),
-    (lambda file, state: torch.save(state | {POOLER: torch.ones(48, 48).to(torch.float8_e4m3fn)}, file), (POOLER, 'float8')),
-    (lambda file, state: torch.save(state | {POOLER: torch.ones(48, 48, dtype=torch.complex64)}, file), (POOLER, 'complex64')),
-    (lambda file, state: np.savez(file.open('wb'), **{'a': np.ones(3)}), ('damaged',)),
-    (lambda file, state: (file.unlink(), file.mkdir()), ('cannot be read',)),
-], ids=['lzma', 'html', 'empty', 'pointer', 'list', 'nested', 'sparse', 'meta', 'float8', 'complex', 'npz', 'folder'])
+@pytest.mark.parametrize(
+    'spoil, words',
+    [
+        (lambda file, state: rezip(file, zipfile.ZIP_LZMA), ('damaged',)),
+        (lambda file, state: file.write_text('<html>404: not found</html>'), ('not a file of PyTorch',)),
+        (lambda file, state: file.write_bytes(b''), ('not a file of PyTorch',)),
+        (lambda file, state: file.write_text(POINTER), ('Git LFS pointer', 'git lfs pull')),
+        (lambda file, state: torch.save([1, 2], file), ('a list',)),
+        (lambda file, state: torch.save({'model': state, 'epoch': 3}, file), ("'model', 'epoch'",)),
+        (lambda file, state: torch.save(state | {POOLER: torch.ones(48, 48).to_sparse()}, file), (POOLER, 'sparse')),
+        (lambda file, state: torch.save(state | {POOLER: torch.ones(48, 48, device='meta')}, file), (POOLER, 'meta')),
+        (
+            lambda file, state: torch.save(state | {POOLER: torch.ones(48, 48).to(torch.float8_e4m3fn)}, file),
+            (POOLER, 'float8'),
+        ),
+        (
+            lambda file, state: torch.save(state | {POOLER: torch.ones(48, 48, dtype=torch.complex64)}, file),
+            (POOLER, 'complex64'),
+        ),
+        (lambda file, state: np.savez(file.open('wb'), **{'a': np.ones(3)}), ('damaged',)),
+        (lambda file, state: (file.unlink(), file.mkdir()), ('cannot be read',)),
+    ],
+    ids=['lzma', 'html', 'empty', 'pointer', 'list', 'nested', 'sparse', 'meta', 'float8', 'complex', 'npz', 'folder'],
+)
 def test_odd_files_of_pytorch_are_refused(folder, spoil, words):
     source = folder()
     state = {name: torch.tensor(array) for name, array in tensors(source).items()}
@@ -301,14 +388,18 @@ def test_odd_files_of_pytorch_are_refused(folder, spoil, words):
     refused(source, 'pytorch_model.bin' if 'pooler' not in words[0] else '', *words)
 
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'vocab.txt', 'config.json', 'tokenizer.json', 'tokenizer_config.json'])
+@pytest.mark.parametrize(
+    'name', ['model.safetensors', 'vocab.txt', 'config.json', 'tokenizer.json', 'tokenizer_config.json']
+)
 def test_a_git_lfs_pointer_says_so(folder, name):
     source = folder()
     (source / name).write_text(POINTER)
     refused(source, name, 'Git LFS pointer', 'git lfs pull')
 
 
-@pytest.mark.parametrize('name', ['bert_model.ckpt.index', 'bert_model.ckpt.data-00000-of-00001', 'vocab.txt', 'bert_config.json'])
+@pytest.mark.parametrize(
+    'name', ['bert_model.ckpt.index', 'bert_model.ckpt.data-00000-of-00001', 'vocab.txt', 'bert_config.json']
+)
 def test_a_git_lfs_pointer_in_a_tf1_folder_says_so(tmp_path, name):
     source = tf1_folder(tmp_path / 'tf1', original())
     (source / name).write_text(POINTER)
@@ -328,7 +419,9 @@ def test_a_head_without_its_pooler(folder, architecture, head):
 def test_half_of_a_pooler_or_head(folder):
     source = change(folder('BertModel'), lambda state: state.pop('pooler.dense.weight'))
     refused(source, 'bert.pooler.dense.weight is missing')
-    refused(change(folder(), lambda state: state.pop('cls.seq_relationship.bias')), 'cls.seq_relationship.bias is missing')
+    refused(
+        change(folder(), lambda state: state.pop('cls.seq_relationship.bias')), 'cls.seq_relationship.bias is missing'
+    )
 
 
 @pytest.mark.parametrize('head', ['output_weights', 'cls/seq_relationship/output_weights'])
@@ -350,9 +443,14 @@ def test_a_head_that_is_not_there_is_said(folder, capsys):
     assert 'BertForMaskedLM' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('change_layers, words', [(-1, ('bert.encoder.layer.1.', '1 layers')),
-                                                  (1, ('bert.encoder.layer.2.attention.self.query.weight is missing',)),
-                                                  (10**9, ('bert.encoder.layer.2.attention.self.query.weight is missing',))])
+@pytest.mark.parametrize(
+    'change_layers, words',
+    [
+        (-1, ('bert.encoder.layer.1.', '1 layers')),
+        (1, ('bert.encoder.layer.2.attention.self.query.weight is missing',)),
+        (10**9, ('bert.encoder.layer.2.attention.self.query.weight is missing',)),
+    ],
+)
 def test_other_numbers_of_layers(folder, tmp_path, change_layers, words):
     source = folder()
     spoil_config(num_hidden_layers=2 + change_layers)(source)
@@ -361,8 +459,14 @@ def test_other_numbers_of_layers(folder, tmp_path, change_layers, words):
     refused(source, *(word.replace('bert.encoder.layer.', 'bert/encoder/layer_').split('.')[0] for word in words))
 
 
-@pytest.mark.parametrize('name', ['bert.encoder.layer.0.attention.self.distance_embedding.weight',
-                                  'bert.embeddings.task_type_embeddings.weight', 'bert.encoder.relative_attention_bias.weight'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'bert.encoder.layer.0.attention.self.distance_embedding.weight',
+        'bert.embeddings.task_type_embeddings.weight',
+        'bert.encoder.relative_attention_bias.weight',
+    ],
+)
 def test_tensors_inside_the_encoder_that_bert_has_not(folder, name):
     refused(change(folder(), lambda state: state.update({name: np.ones((3, 3), np.float32)})), name)
 
@@ -392,7 +496,9 @@ def other_shard(weight_map):
 
 def test_a_tensor_in_another_shard_than_the_index_says(shards):
     right = shards[1]['weight_map'][POOLER]
-    refused(reindexed(shards, lambda index: index.update({POOLER: other_shard(index)})), f'{POOLER}, which is in {right}')
+    refused(
+        reindexed(shards, lambda index: index.update({POOLER: other_shard(index)})), f'{POOLER}, which is in {right}'
+    )
 
 
 def test_a_tensor_in_two_shards(shards):
@@ -403,7 +509,9 @@ def test_a_tensor_in_two_shards(shards):
 
 
 def test_a_tensor_that_no_shard_has(shards):
-    refused(reindexed(shards, lambda index: index.update({'bert.nobody': index[POOLER]})), 'bert.nobody, which is in none')
+    refused(
+        reindexed(shards, lambda index: index.update({'bert.nobody': index[POOLER]})), 'bert.nobody, which is in none'
+    )
 
 
 def test_a_tensor_that_the_index_does_not_name_is_read_as_transformers_does(shards):
@@ -412,9 +520,15 @@ def test_a_tensor_that_the_index_does_not_name_is_read_as_transformers_does(shar
     np.testing.assert_array_equal(pretrained.load(shards[0]).params['pooler']['dense']['kernel'], theirs.T)
 
 
-@pytest.mark.parametrize('path', ['../../x.safetensors', '/etc/passwd', '..', '', 'sub/x.bin', 'x.h5', 'a\0.bin', 5, None])
+@pytest.mark.parametrize(
+    'path', ['../../x.safetensors', '/etc/passwd', '..', '', 'sub/x.bin', 'x.h5', 'a\0.bin', 5, None]
+)
 def test_an_index_names_files_of_its_folder(shards, path):
-    refused(reindexed(shards, lambda index: index.update({POOLER: path})), 'model.safetensors.index.json', 'not the name of a file')
+    refused(
+        reindexed(shards, lambda index: index.update({POOLER: path})),
+        'model.safetensors.index.json',
+        'not the name of a file',
+    )
 
 
 @pytest.mark.parametrize('index', [[], {}, {'weight_map': []}, {'weight_map': {}}, 'x'])
@@ -429,8 +543,15 @@ def test_an_index_that_is_none(shards, index):
 def unnamed_roberta(tmp_path):
     """RobertaModel's tensors have BertModel's names; one segment, and positions from pad_token_id + 1."""
     config = transformers.RobertaConfig(
-        vocab_size=67, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80, type_vocab_size=1,
-        max_position_embeddings=42, layer_norm_eps=1e-12)
+        vocab_size=67,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=80,
+        type_vocab_size=1,
+        max_position_embeddings=42,
+        layer_norm_eps=1e-12,
+    )
     transformers.RobertaModel(config).save_pretrained(tmp_path / 'roberta')
     pieces = ['<s>', '<pad>', '</s>', '<unk>', *(f'w{i}' for i in range(62)), '<mask>']
     (tmp_path / 'roberta' / 'vocab.txt').write_text('\n'.join(pieces) + '\n')
@@ -444,9 +565,17 @@ def without(folder, *keys):
 
 def test_a_roberta_without_its_names(unnamed_roberta):
     refused(unnamed_roberta, 'RobertaModel')
-    names = {f'{role}_token': f'<{role}>' for role in ('pad', 'unk', 'mask')} | {'cls_token': '<s>', 'sep_token': '</s>'}
+    names = {f'{role}_token': f'<{role}>' for role in ('pad', 'unk', 'mask')} | {
+        'cls_token': '<s>',
+        'sep_token': '</s>',
+    }
     write(unnamed_roberta, tokenizer_config=names)
-    refused(without(unnamed_roberta, 'architectures', 'model_type'), 'no architecture', 'begin with <s>', 'position 1 is empty')
+    refused(
+        without(unnamed_roberta, 'architectures', 'model_type'),
+        'no architecture',
+        'begin with <s>',
+        'position 1 is empty',
+    )
     peer_vocab = '\n'.join([*peers.SPECIALS, *(f'w{i}' for i in range(62))])
     (unnamed_roberta / 'vocab.txt').write_text(peer_vocab)
     write(unnamed_roberta, tokenizer_config={})
@@ -461,7 +590,9 @@ def test_a_bert_without_its_names_is_one(folder):
 
 @pytest.mark.parametrize('start', ['roberta', 'distilbert', 'module.bert', 'electra'])
 def test_tensors_of_another_model_are_named(folder, start):
-    source = change(folder('BertModel'), lambda state: [state.update({f'{start}.{name}': state.pop(name)}) for name in list(state)])
+    source = change(
+        folder('BertModel'), lambda state: [state.update({f'{start}.{name}': state.pop(name)}) for name in list(state)]
+    )
     refused(source, 'bert.embeddings.word_embeddings.weight is missing', start.split('.')[0])
 
 
@@ -490,17 +621,31 @@ def test_labels_that_agree(folder, changes):
     assert pretrained.load(source).labels == ('a', 'b', 'c')
 
 
-@pytest.mark.parametrize('content, words', [
-    ('{', ('config.json', 'JSON')), ('[]', ('config.json', 'list')), ('3', ('config.json', 'int')), ('[' * 100000, ('config.json',)),
-    ({'hidden_size': '48'}, ('hidden_size', "'48'")), ({'hidden_size': 0}, ('hidden_size', '0')),
-    ({'num_hidden_layers': -1}, ('num_hidden_layers', '-1')), ({'num_hidden_layers': True}, ('num_hidden_layers', 'True')),
-    ({'intermediate_size': 80.5}, ('intermediate_size', '80.5')), ({'type_vocab_size': None}, ('type_vocab_size', 'None')),
-    ({'num_attention_heads': 7}, ('48', 'num_attention_heads 7')), ({'hidden_act': 'swish'}, ("'swish'", 'gelu_new')),
-    ({'hidden_act': ['gelu']}, ('hidden_act',)), ({'hidden_dropout_prob': 1.5}, ('hidden_dropout_prob', '1.5')),
-    ({'attention_probs_dropout_prob': '0.1'}, ('attention_probs_dropout_prob',)), ({'hidden_size': 10**12}, ('hidden_size',)),
-    ({'hidden_size': 4 * 10**8}, ('bert.embeddings.word_embeddings.weight', '(67, 400000000)')),
-    ({'architectures': 'BertModel'}, ('architectures', 'list')), ({'architectures': [{}]}, ('not supported',)),
-], ids=str)
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        ('{', ('config.json', 'JSON')),
+        ('[]', ('config.json', 'list')),
+        ('3', ('config.json', 'int')),
+        ('[' * 100000, ('config.json',)),
+        ({'hidden_size': '48'}, ('hidden_size', "'48'")),
+        ({'hidden_size': 0}, ('hidden_size', '0')),
+        ({'num_hidden_layers': -1}, ('num_hidden_layers', '-1')),
+        ({'num_hidden_layers': True}, ('num_hidden_layers', 'True')),
+        ({'intermediate_size': 80.5}, ('intermediate_size', '80.5')),
+        ({'type_vocab_size': None}, ('type_vocab_size', 'None')),
+        ({'num_attention_heads': 7}, ('48', 'num_attention_heads 7')),
+        ({'hidden_act': 'swish'}, ("'swish'", 'gelu_new')),
+        ({'hidden_act': ['gelu']}, ('hidden_act',)),
+        ({'hidden_dropout_prob': 1.5}, ('hidden_dropout_prob', '1.5')),
+        ({'attention_probs_dropout_prob': '0.1'}, ('attention_probs_dropout_prob',)),
+        ({'hidden_size': 10**12}, ('hidden_size',)),
+        ({'hidden_size': 4 * 10**8}, ('bert.embeddings.word_embeddings.weight', '(67, 400000000)')),
+        ({'architectures': 'BertModel'}, ('architectures', 'list')),
+        ({'architectures': [{}]}, ('not supported',)),
+    ],
+    ids=str,
+)
 def test_a_config_that_is_none(folder, content, words):
     source = folder()
     if isinstance(content, str):
@@ -510,8 +655,14 @@ def test_a_config_that_is_none(folder, content, words):
     refused(source, *words)
 
 
-@pytest.mark.parametrize('changes, words', [({'hidden_size': '48'}, ("'48'",)), ({'num_attention_heads': 7}, ('num_attention_heads 7',)),
-                                            ({'hidden_act': 'gelu_new'}, ("'gelu_new'", 'relu'))])
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        ({'hidden_size': '48'}, ("'48'",)),
+        ({'num_attention_heads': 7}, ('num_attention_heads 7',)),
+        ({'hidden_act': 'gelu_new'}, ("'gelu_new'", 'relu')),
+    ],
+)
 def test_a_config_of_tf1_that_is_none(tmp_path, changes, words):
     refused(tf1_folder(tmp_path / 'tf1', original(), **changes), 'bert_config.json', *words)
 
@@ -539,18 +690,39 @@ def test_pairs_need_two_segments(folder):
         predict.load(str(folder('BertForPreTraining', type_vocab_size=1)))(('w1', '[MASK]'))
     rows = folder('BertModel', type_vocab_size=1).parent / 'rows.csv'
     rows.write_text('text,text_pair,label\n' + ''.join(f'w1,w{i},{"ab"[i % 2]}\n' for i in range(5, 65)))
-    expect_error(call_module(
-        'finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={source}', '--config.max_length=16',
-        f'--config.task.train_file={rows}', f'--config.task.dev_file={rows}', '--config.task.text_pair_column=text_pair',
-        '--workdir', rows.parent / 'work'), 'one segment')
+    expect_error(
+        call_module(
+            'finetune',
+            '--config',
+            'configs/finetune.py:classification',
+            f'--config.init_from={source}',
+            '--config.max_length=16',
+            f'--config.task.train_file={rows}',
+            f'--config.task.dev_file={rows}',
+            '--config.task.text_pair_column=text_pair',
+            '--workdir',
+            rows.parent / 'work',
+        ),
+        'one segment',
+    )
     with pytest.raises(UserError, match='one segment'):
         features.Extractor(source, ['-1'], 'mean', 0)([texts.Row('w1', 'w2', None, '')], 1)
     assert not (rows.parent / 'work').exists()
 
 
 def test_pretraining_on_pairs_needs_two_segments(store_path, tmp_path):
-    expect_error(call_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}',
-                             '--config.model.embeddings.num_segments=1', '--workdir', tmp_path / 'work'), 'num_segments is 1')
+    expect_error(
+        call_module(
+            'pretrain',
+            '--config',
+            'configs/pretrain.py:tiny',
+            f'--config.store={store_path}',
+            '--config.model.embeddings.num_segments=1',
+            '--workdir',
+            tmp_path / 'work',
+        ),
+        'num_segments is 1',
+    )
 
 
 # Workdirs.
@@ -589,8 +761,17 @@ def test_a_converted_workdir_has_one_checkpoint_and_needs_no_note(tuned, capsys)
     assert pretrained.load(tuned).about['step'] == 0 and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize('labels, words', [(['a', 'b'], ('2 labels', '3 classes')), (['a', 'b', 'c', 'd'], ('4 labels', '3 classes')),
-                                           (['a', 'b', 'b'], ("'b'",)), ({'0': 'a'}, ('list',)), ([1, 2, 3], ('list',)), ([], ('0 labels',))])
+@pytest.mark.parametrize(
+    'labels, words',
+    [
+        (['a', 'b'], ('2 labels', '3 classes')),
+        (['a', 'b', 'c', 'd'], ('4 labels', '3 classes')),
+        (['a', 'b', 'b'], ("'b'",)),
+        ({'0': 'a'}, ('list',)),
+        ([1, 2, 3], ('list',)),
+        ([], ('0 labels',)),
+    ],
+)
 def test_labels_of_a_workdir_that_are_not_those_of_the_head(tuned, labels, words):
     refused(write(tuned, labels=labels), 'labels.json', *words)
 
@@ -629,6 +810,8 @@ def test_exported_programs_read_no_more_than_predict(tuned, tmp_path, capsys):
 
 
 def test_notes_reach_every_command(folder, capfd):
-    source = change(folder('BertForSequenceClassification'), lambda state: state.update({'crf.x': np.ones(3, np.float32)}))
+    source = change(
+        folder('BertForSequenceClassification'), lambda state: state.update({'crf.x': np.ones(3, np.float32)})
+    )
     done = call_module('predict', '--init_from', source, '--json', 'w1')
     assert 'crf.x' in done.stderr and json.loads(done.stdout)['text'] == 'w1'

@@ -1,4 +1,4 @@
-"""A workdir on gs://, against a stand-in for Google Cloud Storage: trained, resumed, fine-tuned from, predicted with."""
+"""A workdir on gs://, against a stand-in for Google Cloud Storage: trained, resumed, fine-tuned from, read."""
 
 import http.server
 import json
@@ -47,11 +47,23 @@ def bucket():
 
 
 def test_a_run_on_a_bucket(bucket, store_path, tmp_path, monkeypatch):
-    for name, value in {'STORAGE_EMULATOR_HOST': URL, 'TENSORSTORE_GCS_HTTP_URL': URL, 'TENSORSTORE_GCS_HTTP_VERSION': '1.1',
-                        'NO_GCE_CHECK': 'true'}.items():
+    for name, value in {
+        'STORAGE_EMULATOR_HOST': URL,
+        'TENSORSTORE_GCS_HTTP_URL': URL,
+        'TENSORSTORE_GCS_HTTP_VERSION': '1.1',
+        'NO_GCE_CHECK': 'true',
+    }.items():
         monkeypatch.setenv(name, value)
-    arguments = ['--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', *TINY, '--config.phases=((10,64,8),)', '--config.save_every=8',
-                 '--workdir', f'{bucket}/run']
+    arguments = [
+        '--config',
+        'configs/pretrain.py:tiny',
+        f'--config.store={store_path}',
+        *TINY,
+        '--config.phases=((10,64,8),)',
+        '--config.save_every=8',
+        '--workdir',
+        f'{bucket}/run',
+    ]
     first = call_module('pretrain', *arguments)
     assert first.returncode == 0, first.stderr
     import gcsfs
@@ -70,9 +82,19 @@ def test_a_run_on_a_bucket(bucket, store_path, tmp_path, monkeypatch):
 
     table = tmp_path / 'rows.csv'
     table.write_text('text,label\n' + ''.join(f'word {i},{"even" if i % 2 == 0 else "odd"}\n' for i in range(40)))
-    tuned = call_module('finetune', '--config', 'configs/finetune.py:classification', f'--config.init_from={bucket}/run',
-                        f'--config.task.train_file={table}', '--config.epochs=1', '--config.max_length=16',
-                        '--config.batch_size=8', '--config.evals_per_epoch=1', '--workdir', f'{bucket}/tuned')
+    tuned = call_module(
+        'finetune',
+        '--config',
+        'configs/finetune.py:classification',
+        f'--config.init_from={bucket}/run',
+        f'--config.task.train_file={table}',
+        '--config.epochs=1',
+        '--config.max_length=16',
+        '--config.batch_size=8',
+        '--config.evals_per_epoch=1',
+        '--workdir',
+        f'{bucket}/tuned',
+    )
     assert tuned.returncode == 0, tuned.stderr
     said = call_module('predict', '--workdir', f'{bucket}/tuned', 'word 7', '--json')
     assert said.returncode == 0 and json.loads(said.stdout)['label'] in ('even', 'odd'), said.stderr

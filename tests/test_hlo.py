@@ -47,7 +47,7 @@ def test_the_programs_flops_are_those_of_the_formula():
     assert total_flops(program) == pytest.approx(formula, rel=0.01)
 
 
-TPU_TEXT = '''HloModule m, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias), {1}: (1, {}, must-alias) }
+TPU_TEXT = """HloModule m, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias), {1}: (1, {}, must-alias) }
 
 %fused (p0: bf16[32,12,128,64], p1: bf16[32,12,128,64]) -> f32[32,12,128,128] {
   %p0 = bf16[32,12,128,64]{3,2,1,0:T(8,128)(2,1)} parameter(0)
@@ -68,7 +68,7 @@ ENTRY %main (a: bf16[32,12,128,64], b: bf16[32,12,128,64]) -> f32[32,12,128,128]
   %kernel = bf16[24,64]{1,0:T(8,128)(2,1)} custom-call(%a), custom_call_target="tpu_custom_call"
   ROOT %f = f32[32,12,128,128]{2,3,1,0:T(8,128)} fusion(%a, %b), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"1832"}
 }
-'''
+"""
 
 
 def test_what_the_tpu_compiler_writes():
@@ -130,7 +130,9 @@ def test_collectives_that_fusions_carry_on():
         program = hlo.Program(CARRIED_TEXT.replace('CYCLES', str(cycles)))
         step = check.Step(None, program, None, MESH, 0.0, 0)
         assert check.collectives(step) == [
-            {'kind': kind, 'axes': 'data', 'in_loop': False, 'bytes': size, 'times': 1} for kind in ('all-gather', 'reduce-scatter')]
+            {'kind': kind, 'axes': 'data', 'in_loop': False, 'bytes': size, 'times': 1}
+            for kind in ('all-gather', 'reduce-scatter')
+        ]
         spent = check.estimate_step(program, known, MESH)['collectives']
         assert least * one <= spent <= most * one * (1 + 1e-9)
 
@@ -177,12 +179,23 @@ def test_what_goes_between_slices():
     for cycles, waited in ((10**9, 0), (0, both), (1_500_000, both - 1e-3)):
         program = hlo.Program(SLICES_TEXT.replace('CYCLES', str(cycles)))
         step = check.Step(None, program, None, mesh, 0.0, 0)
-        assert check.collectives(step) == [{'kind': 'all-reduce', 'axes': 'slice', 'in_loop': True, 'bytes': 11 * 2 * 2_000_000, 'times': 22}]
+        assert check.collectives(step) == [
+            {'kind': 'all-reduce', 'axes': 'slice', 'in_loop': True, 'bytes': 11 * 2 * 2_000_000, 'times': 22}
+        ]
         assert check.estimate_step(program, known, mesh).get('collectives', 0) == pytest.approx(11 * waited)
 
 
-@pytest.mark.parametrize('sizes, expected', [
-    ((1, 1, 1, 1), 0), ((1, 4, 1, 1), 1), ((1, 1, 4, 1), 1), ((1, 2, 4, 1), 1 + 1 / 4), ((2, 1, 1, 1), 1), ((2, 2, 4, 1), 1 + 1 / 4 + 1 / 8)])
+@pytest.mark.parametrize(
+    'sizes, expected',
+    [
+        ((1, 1, 1, 1), 0),
+        ((1, 4, 1, 1), 1),
+        ((1, 1, 4, 1), 1),
+        ((1, 2, 4, 1), 1 + 1 / 4),
+        ((2, 1, 1, 1), 1),
+        ((2, 2, 4, 1), 1 + 1 / 4 + 1 / 8),
+    ],
+)
 def test_the_least_bytes_of_gradients(sizes, expected):
     """Once over fsdp, then what that leaves over data, then what that leaves between slices."""
     mesh = jax.sharding.AbstractMesh(sizes, partition.AXES)
@@ -240,22 +253,45 @@ MESH = Wired(1, 4, 1, 2)
 
 @pytest.mark.parametrize('accumulation, expected', [(1, 2), (2, 3)])
 def test_what_should_not_be_in_a_program_is_found(accumulation, expected):
-    config = ConfigDict({'model': models.config('model.run.dtype=bfloat16', 'model.embeddings.vocab_size=128'), 'accumulation': accumulation})
+    config = ConfigDict(
+        {
+            'model': models.config('model.run.dtype=bfloat16', 'model.embeddings.vocab_size=128'),
+            'accumulation': accumulation,
+        }
+    )
     step = check.Step(None, hlo.Program(BAD_TEXT), None, MESH, 0.0, 0)
     found = check.findings(step, config, 16, 16 * accumulation)
     assert [len(what) for what in found.values()] == [1, 1, expected - 2], found
-    assert 'mlm' in found['buffers of all positions times the vocabulary'][0] and 'encoder/mlp' in found['float32 products in the trunk'][0]
-    assert check.collectives(step) == [{'kind': 'all-reduce', 'axes': 'data', 'in_loop': True, 'bytes': 3 * 400, 'times': 3},
-                                       {'kind': 'all-gather', 'axes': 'tensor', 'in_loop': False, 'bytes': 512, 'times': 1}]
+    assert (
+        'mlm' in found['buffers of all positions times the vocabulary'][0]
+        and 'encoder/mlp' in found['float32 products in the trunk'][0]
+    )
+    assert check.collectives(step) == [
+        {'kind': 'all-reduce', 'axes': 'data', 'in_loop': True, 'bytes': 3 * 400, 'times': 3},
+        {'kind': 'all-gather', 'axes': 'tensor', 'in_loop': False, 'bytes': 512, 'times': 1},
+    ]
 
 
-@pytest.mark.parametrize('text, axes, size', [
-    ('replica_groups={{0,1},{2,3},{4,5}}', 'tensor', 2), ('replica_groups=[4,4]<=[2,4,2]T(0,2,1)', 'data', 4),
-    ('replica_groups=[2,8]<=[8,2]T(1,0)', 'slice x data', 8), ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", 'tensor', 2),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=2] {'axis_0'}", 'slice', 2), ('source_target_pairs={{0,8},{8,0}}', 'slice', 2),
-    ("replica_groups=mesh['axis_0'=1,'axis_1'=2,'axis_2'=8], device_ids=([8,2]T(1,0)) {'axis_1'}", 'tensor', 2),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=8], device_ids=([8,2]T(1,0)) {'axis_1'}, dimensions={1}", 'slice x data', 8),
-    ('replica_groups={{0,8},{1,9}}', 'slice', 2), ('replica_groups={}, x', 'slice x data x tensor', 16), ('channel_id=3', 'slice x data x tensor', 16)])
+@pytest.mark.parametrize(
+    'text, axes, size',
+    [
+        ('replica_groups={{0,1},{2,3},{4,5}}', 'tensor', 2),
+        ('replica_groups=[4,4]<=[2,4,2]T(0,2,1)', 'data', 4),
+        ('replica_groups=[2,8]<=[8,2]T(1,0)', 'slice x data', 8),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", 'tensor', 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=2] {'axis_0'}", 'slice', 2),
+        ('source_target_pairs={{0,8},{8,0}}', 'slice', 2),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=2,'axis_2'=8], device_ids=([8,2]T(1,0)) {'axis_1'}", 'tensor', 2),
+        (
+            "replica_groups=mesh['axis_0'=2,'axis_1'=8], device_ids=([8,2]T(1,0)) {'axis_1'}, dimensions={1}",
+            'slice x data',
+            8,
+        ),
+        ('replica_groups={{0,8},{1,9}}', 'slice', 2),
+        ('replica_groups={}, x', 'slice x data x tensor', 16),
+        ('channel_id=3', 'slice x data x tensor', 16),
+    ],
+)
 def test_along_which_axes_a_collective_runs(text, axes, size):
     """Two slices and tensor = 2: what the group's size alone cannot tell apart."""
     mesh = jax.sharding.AbstractMesh((2, 4, 1, 2), partition.AXES)
@@ -263,9 +299,13 @@ def test_along_which_axes_a_collective_runs(text, axes, size):
     assert check._group(instruction, mesh) == (axes, size)
 
 
-@pytest.mark.parametrize('groups, links', [('{{0,2,4,6},{1,3,5,7}}', 1), ('{{0,1},{2,3}}', 1), ('{{0,1,2,3,4,5,6,7}}', 2)])
+@pytest.mark.parametrize(
+    'groups, links', [('{{0,2,4,6},{1,3,5,7}}', 1), ('{{0,1},{2,3}}', 1), ('{{0,1,2,3,4,5,6,7}}', 2)]
+)
 def test_the_links_along_the_sides_that_a_group_spans(groups, links):
-    instruction = hlo.Instruction('a', (hlo.Array('f32', (10**9,), False),), 'all-gather', (), f', replica_groups={groups}')
+    instruction = hlo.Instruction(
+        'a', (hlo.Array('f32', (10**9,), False),), 'all-gather', (), f', replica_groups={groups}'
+    )
     known, size = hardware.DEVICES['TPU v5e'], groups.partition('}')[0].count(',') + 1
     seconds = check._collective_seconds(instruction, 'all-gather', known, MESH)
     assert seconds == pytest.approx(4e9 * (size - 1) / size / (known.link_gb_s * 1e9 * links / 2))
@@ -291,12 +331,27 @@ def test_help_without_libtpu_says_what_to_install(monkeypatch):
         topology.devices('v5e-16')
 
 
-TINY_BF16 = ('--config', 'configs/pretrain.py:tiny,bf16', '--config.model.run.unroll=1', '--config.phases=((10,64,64),)')
+TINY_BF16 = (
+    '--config',
+    'configs/pretrain.py:tiny,bf16',
+    '--config.model.run.unroll=1',
+    '--config.phases=((10,64,64),)',
+)
 
 
 @pytest.mark.skipif(not LIBTPU, reason='needs the TPU compiler: pip install -r requirements-tpu.txt')
 def test_a_step_compiled_for_a_slice(tmp_path):
-    done = run_module('compile_check', *TINY_BF16, '--topology', 'v5e-4', '--tokens', '1e9', '--parameters', '--output', tmp_path / 'out.json')
+    done = run_module(
+        'compile_check',
+        *TINY_BF16,
+        '--topology',
+        'v5e-4',
+        '--tokens',
+        '1e9',
+        '--parameters',
+        '--output',
+        tmp_path / 'out.json',
+    )
     assert done.returncode == 0, done.stderr
     (found,) = json.loads((tmp_path / 'out.json').read_text())
     assert found['devices'] == 4 and found['mesh']['data'] == 4 and found['memory']['state_aliased']

@@ -5,8 +5,30 @@ import ast
 from conftest import ROOT
 
 PACKAGE = ROOT / 'bert_jax'
-SMALL_ROOMS = {'cli', 'paths', 'metrics', 'optimizer', 'partition', 'checkpoint', 'memory', 'hardware', 'distributed', 'renamed'}
-ENTRY_POINTS = {'vocab', 'prepare', 'pretrain', 'finetune', 'predict', 'report', 'convert', 'export', 'features', 'compile_check'}
+SMALL_ROOMS = {
+    'cli',
+    'paths',
+    'metrics',
+    'optimizer',
+    'partition',
+    'checkpoint',
+    'memory',
+    'hardware',
+    'distributed',
+    'renamed',
+}
+ENTRY_POINTS = {
+    'vocab',
+    'prepare',
+    'pretrain',
+    'finetune',
+    'predict',
+    'report',
+    'convert',
+    'export',
+    'features',
+    'compile_check',
+}
 ROOMS = {'data': set(), 'tasks': {'data'}, 'model': set(),   # a folder -> the folders that it may import
          'formats': {'data', 'model', 'tasks'}, 'tpu': {'data', 'model'}}
 BESIDE = {'formats': {'workdir', 'checkpoint'}, 'tpu': {'train'}}  # what else these may know
@@ -64,9 +86,14 @@ def test_small_rooms_import_nobody_above():
 
 
 def test_one_room_for_each_heavy_friend():
-    for package, allowed in {'orbax': {'checkpoint.py'}, 'tensorflow': {'batches.py'},
-                             'tensorflow_datasets': {'corpora.py'},
-                             'safetensors': {'tensor_files.py'}, 'torch': {'tensor_files.py'}, 'transformers': set()}.items():
+    for package, allowed in {
+        'orbax': {'checkpoint.py'},
+        'tensorflow': {'batches.py'},
+        'tensorflow_datasets': {'corpora.py'},
+        'safetensors': {'tensor_files.py'},
+        'torch': {'tensor_files.py'},
+        'transformers': set(),
+    }.items():
         users = {path.name for path in PACKAGE.rglob('*.py') if package in outside(path)}
         assert users == allowed, package
     specs = {path.name for path in PACKAGE.rglob('*.py') if 'PartitionSpec' in path.read_text()}
@@ -75,5 +102,9 @@ def test_one_room_for_each_heavy_friend():
 
 def test_no_word_of_machine_paths():
     for path in ROOT.rglob('*'):
-        if path.suffix in {'.py', '.md', '.sh', '.toml', '.txt'} and '.venv' not in path.parts and 'runs' not in path.parts:
+        if (
+            path.suffix in {'.py', '.md', '.sh', '.toml', '.txt'}
+            and '.venv' not in path.parts
+            and 'runs' not in path.parts
+        ):
             assert '/work' + '/' not in path.read_text(), path

@@ -23,11 +23,22 @@ from bert_jax.tasks.task import Task
 ZEROS = [[0, 0, 1], [1, 0, 0], [0, 1, 1]]
 
 
-@pytest.mark.parametrize('labels', [
-    ZEROS, [[float(x) for x in row] for row in ZEROS], [[bool(x) for x in row] for row in ZEROS], [str(row) for row in ZEROS],
-    [str(np.array(row)) for row in ZEROS], [str(np.array(row, float)) for row in ZEROS], [str(np.array(row, bool)) for row in ZEROS],
-    [','.join(map(str, row)) for row in ZEROS], ['|'.join(map(str, row)) for row in ZEROS], [' '.join(map(str, row)) for row in ZEROS],
-    [json.dumps([bool(x) for x in row]) for row in ZEROS]])
+@pytest.mark.parametrize(
+    'labels',
+    [
+        ZEROS,
+        [[float(x) for x in row] for row in ZEROS],
+        [[bool(x) for x in row] for row in ZEROS],
+        [str(row) for row in ZEROS],
+        [str(np.array(row)) for row in ZEROS],
+        [str(np.array(row, float)) for row in ZEROS],
+        [str(np.array(row, bool)) for row in ZEROS],
+        [','.join(map(str, row)) for row in ZEROS],
+        ['|'.join(map(str, row)) for row in ZEROS],
+        [' '.join(map(str, row)) for row in ZEROS],
+        [json.dumps([bool(x) for x in row]) for row in ZEROS],
+    ],
+)
 def test_a_0_or_1_for_each_label_has_names_however_it_is_written(labels):
     want = [tuple(name for name, on in zip('xyz', row) if on) for row in ZEROS]
     assert sets(labels, ('x', 'y', 'z')) == (want, ('x', 'y', 'z'))
@@ -46,8 +57,23 @@ def test_a_0_or_1_for_each_label_stands_in_every_row():
     assert sets([[0], [1], [0, 1]]) == ([('0',), ('1',), ('0', '1')], ('0', '1'))  # names that are numbers
 
 
-@pytest.mark.parametrize('label', [[0.1, 0.9], '[0.1, 0.9]', '[0.1 0.9]', [3, 3, 0], ['a', None], ['a', float('nan')], "['a', nan]", "['a', None]",
-                                   '[[1, 2]]', ['a', ['b']], ['a', {'b': 1}], '[a, ]'])
+@pytest.mark.parametrize(
+    'label',
+    [
+        [0.1, 0.9],
+        '[0.1, 0.9]',
+        '[0.1 0.9]',
+        [3, 3, 0],
+        ['a', None],
+        ['a', float('nan')],
+        "['a', nan]",
+        "['a', None]",
+        '[[1, 2]]',
+        ['a', ['b']],
+        ['a', {'b': 1}],
+        '[a, ]',
+    ],
+)
 def test_lists_that_name_no_labels_are_refused(label):
     with pytest.raises(UserError, match='f:1: '):
         rows = [texts.Row('t', None, labels.given(f'f:{i}', one), f'f:{i}')
@@ -64,7 +90,14 @@ def test_lists_that_pandas_wrote_as_text_come_back():
         assert [set(found) for found in sets(written)[0]] == [{name, 'x'} for name in names], made
         if made is not np.array:
             assert all(set(ast.literal_eval(text)) == {name, 'x'} for text, name in zip(written, names))
-    assert sets(['()', 'set()', '[]', '["a", "\\u00e9\\ud83d\\ude00"]', "('b',)", '[a, c d]'])[0] == [(), (), (), ('a', 'é\U0001f600'), ('b',), ('a', 'c d')]
+    assert sets(['()', 'set()', '[]', '["a", "\\u00e9\\ud83d\\ude00"]', "('b',)", '[a, c d]'])[0] == [
+        (),
+        (),
+        (),
+        ('a', 'é\U0001f600'),
+        ('b',),
+        ('a', 'c d'),
+    ]
     for label in (['a'], "['a', 'b']", "('a',)", "{'a'}", '["a"]'):
         with pytest.raises(UserError, match='f.csv:1: .*list'):
             classes(['a', label, 'b'])
@@ -113,7 +146,9 @@ def test_a_tagger_reads_the_columns_that_it_was_trained_on(tmp_path):
     rows, _ = inputs.read(file, 'tagging', {'name': 'tagging', 'word_column': '1', 'tag_column': '2', 'scheme': 'iob2'})
     assert [row.words for row in rows] == [('Anna', 'runs')]
     shutil.copy(file, tmp_path / 'a.tsv')
-    rows, _ = inputs.read(str(tmp_path / 'a.tsv'), 'tagging', {'name': 'tagging', 'word_column': '-2', 'tag_column': '2'})
+    rows, _ = inputs.read(
+        str(tmp_path / 'a.tsv'), 'tagging', {'name': 'tagging', 'word_column': '-2', 'tag_column': '2'}
+    )
     assert [row.words for row in rows] == [('Anna', 'runs')]
 
 
@@ -128,8 +163,15 @@ def test_pairs_are_read_where_the_model_was_trained_on_pairs(tmp_path, capsys):
     assert pairs_of(file, own) == [('a', None)] and 'text_pair is not read' in capsys.readouterr().err
     for other in (own | {'text_column': 'body'}, {'name': 'cola'}):  # the file has predict's own columns, not the run's
         assert pairs_of(file, other) == [('a', 'b')] and 'text_pair is read too' in capsys.readouterr().err
-    assert pairs_of(file, own | {'text_pair_column': 'text_pair'}) == pairs_of(file, {'name': 'rte'}) == pairs_of(file, {}) == [('a', 'b')]
-    mixed = write(tmp_path / 'a.jsonl', '{"text": "a"}\n{"text": "b", "text_pair": "c"}\n{"text": "d", "text_pair": null}\n')
+    assert (
+        pairs_of(file, own | {'text_pair_column': 'text_pair'})
+        == pairs_of(file, {'name': 'rte'})
+        == pairs_of(file, {})
+        == [('a', 'b')]
+    )
+    mixed = write(
+        tmp_path / 'a.jsonl', '{"text": "a"}\n{"text": "b", "text_pair": "c"}\n{"text": "d", "text_pair": null}\n'
+    )
     assert pairs_of(mixed, {}) == [('a', None), ('b', 'c'), ('d', None)]  # no task says
     with pytest.raises(UserError, match="a.csv.*no column 'sentence2'"):
         pairs_of(write(tmp_path / 'a.csv', 'sentence1\na\n'), {'name': 'rte'})
@@ -137,7 +179,11 @@ def test_pairs_are_read_where_the_model_was_trained_on_pairs(tmp_path, capsys):
 
 def test_lines_of_another_number_of_parts_are_said(tmp_path, capsys):
     file = write(tmp_path / 'a.txt', '17\tan id before it\nfine\n')
-    for settings, said in (({'name': 'sst2'}, '1 lines have a tab, the first at'), ({'name': 'rte'}, '1 lines have no tab, the first at'), ({}, '')):
+    for settings, said in (
+        ({'name': 'sst2'}, '1 lines have a tab, the first at'),
+        ({'name': 'rte'}, '1 lines have no tab, the first at'),
+        ({}, ''),
+    ):
         pairs_of(file, settings)
         err = capsys.readouterr().err
         assert said in err and bool(err) == bool(said)
@@ -146,7 +192,10 @@ def test_lines_of_another_number_of_parts_are_said(tmp_path, capsys):
 @pytest.fixture
 def piped(monkeypatch):
     def as_stdin(content):
-        monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(content), encoding='ascii', errors='surrogateescape'))
+        monkeypatch.setattr(
+            'sys.stdin', io.TextIOWrapper(io.BytesIO(content), encoding='ascii', errors='surrogateescape')
+        )
+
     return as_stdin
 
 
@@ -166,7 +215,10 @@ def test_standard_input_is_read_as_files_are(piped, tmp_path):
 def test_a_pipe_is_read_whole(tmp_path):
     """--input <(command), which can be read once."""
     want = [(f'text {i}', None) for i in range(5000)]
-    for name, content in (('a', ''.join(f'{text}\n' for text, _ in want)), ('b', ''.join(json.dumps({'text': text}) + '\n' for text, _ in want))):
+    for name, content in (
+        ('a', ''.join(f'{text}\n' for text, _ in want)),
+        ('b', ''.join(json.dumps({'text': text}) + '\n' for text, _ in want)),
+    ):
         pipe = tmp_path / name
         os.mkfifo(pipe)
         writer = threading.Thread(target=pipe.write_text, args=(content,), daemon=True)
@@ -178,14 +230,25 @@ def test_a_pipe_is_read_whole(tmp_path):
         assert found == want
 
 
-@pytest.mark.parametrize('content', ['[{"text": "a"}]\n', '[\n  {"text": "a"},\n  {"text": "b"}\n]\n', '{\n  "text": "a"\n}\n', '{"text": "a\n',
-                                     '{"a":' * 100_000 + '\n'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        '[{"text": "a"}]\n',
+        '[\n  {"text": "a"},\n  {"text": "b"}\n]\n',
+        '{\n  "text": "a"\n}\n',
+        '{"text": "a\n',
+        '{"a":' * 100_000 + '\n',
+    ],
+)
 def test_json_that_is_no_json_lines_is_refused(content, piped, tmp_path):
     piped(content.encode())
     for file in ('-', write(tmp_path / 'a.txt', content), write(tmp_path / 'a.json', content)):
         with pytest.raises(UserError):
             pairs_of(file, {})
-    assert pairs_of(write(tmp_path / 'a.txt', '[MASK] is {this}\n{that}\n'), {}) == [('[MASK] is {this}', None), ('{that}', None)]
+    assert pairs_of(write(tmp_path / 'a.txt', '[MASK] is {this}\n{that}\n'), {}) == [
+        ('[MASK] is {this}', None),
+        ('{that}', None),
+    ]
 
 
 @pytest.mark.parametrize('line', ['{"a":' * 100_000, '{"text": "a", "n": ' + '1' * 5000 + '}'])
@@ -194,7 +257,10 @@ def test_json_that_python_does_not_read_is_an_error_with_its_line(line, tmp_path
         records(write(tmp_path / 'a.jsonl', f'{{"text": "a"}}\n{line}\n'))
 
 
-@pytest.mark.parametrize('name, content', [('a.txt', b'one\rtwo\rthree\r'), ('a.tsv', b'a\tb\rc\td\re\tf\r'), ('a.conll', b'a O\rb B-X\rc O\r')])
+@pytest.mark.parametrize(
+    'name, content',
+    [('a.txt', b'one\rtwo\rthree\r'), ('a.tsv', b'a\tb\rc\td\re\tf\r'), ('a.conll', b'a O\rb B-X\rc O\r')],
+)
 def test_lines_that_end_as_on_old_macs_are_refused(name, content, tmp_path):
     with pytest.raises(UserError, match='carriage returns'):
         inputs.read(write(tmp_path / name, content), 'tagging' if name == 'a.conll' else 'classification', {})
@@ -218,7 +284,9 @@ def test_files_of_predictions_are_read_back_by_pandas():
     found = [{'label': 'x', 'scores': {'x': 1.0, 'y': 0.0}}] * len(rows)
     (content,) = texts.files(Task('classification', {}, ('x', 'y')), 'dev', rows, found).values()
     frame = pandas.read_csv(io.BytesIO(content.encode()), sep='\t')
-    assert list(frame['text']) == list(frame['text_pair']) == ODD and list(frame['where']) == [row.where for row in rows]
+    assert list(frame['text']) == list(frame['text_pair']) == ODD and list(frame['where']) == [
+        row.where for row in rows
+    ]
     questions = [choices.Question(text, (text, 'b'), 0, f'f:{i}') for i, text in enumerate(ODD)]
     found = [{'choice': 0, 'text': row.choices[0], 'scores': [0.5, 0.5]} for row in questions]
     (content,) = choices.files(Task('choice', {}), 'dev', questions, found).values()
@@ -226,10 +294,17 @@ def test_files_of_predictions_are_read_back_by_pandas():
     assert list(frame['context']) == list(frame['text']) == ODD
 
 
-@pytest.mark.parametrize('found', [
-    {'text': 'two\nlines\r\nand\ta tab', 'label': 'a', 'scores': {'a': 1.0}}, {'text': 'a\nb', 'text_pair': 'c\nd', 'labels': []},
-    {'text': 'a\nb', 'value': 1.0}, {'context': 'a\nb', 'choices': ['c\nd'], 'choice': 0, 'text': 'c\nd', 'scores': [1.0]},
-    {'question': 'a\nb', 'text': 'c\nd', 'begin': 0, 'end': 3}, {'words': ['a\nb'], 'tags': ['O']}])
+@pytest.mark.parametrize(
+    'found',
+    [
+        {'text': 'two\nlines\r\nand\ta tab', 'label': 'a', 'scores': {'a': 1.0}},
+        {'text': 'a\nb', 'text_pair': 'c\nd', 'labels': []},
+        {'text': 'a\nb', 'value': 1.0},
+        {'context': 'a\nb', 'choices': ['c\nd'], 'choice': 0, 'text': 'c\nd', 'scores': [1.0]},
+        {'question': 'a\nb', 'text': 'c\nd', 'begin': 0, 'end': 3},
+        {'words': ['a\nb'], 'tags': ['O']},
+    ],
+)
 def test_a_prediction_is_printed_in_one_line(found):
     assert len(predict._plain(found).splitlines()) == 1
 
@@ -238,14 +313,35 @@ def test_a_prediction_is_printed_in_one_line(found):
 def test_empty_texts_are_counted_for_every_task(name, tmp_path):
     if name == 'span':
         file = write(tmp_path / 'a.csv', 'question,passage,answer\n,b c,c\nq,b c,c\n')
-        read = tasks.TASKS[name], {'null_answers': False, 'stride': 8, 'max_query_length': 8, 'max_answer_length': 8, 'n_best': 1}
+        read = (
+            tasks.TASKS[name],
+            {'null_answers': False, 'stride': 8, 'max_query_length': 8, 'max_answer_length': 8, 'n_best': 1},
+        )
     elif name == 'choice':
-        file = write(tmp_path / 'a.jsonl', '{"context": " ", "choices": ["a", "b"], "label": 0}\n{"context": "a", "choices": ["a", "b"], "label": 1}\n')
+        file = write(
+            tmp_path / 'a.jsonl',
+            '{"context": " ", "choices": ["a", "b"], "label": 0}\n'
+            '{"context": "a", "choices": ["a", "b"], "label": 1}\n',
+        )
         read = tasks.TASKS[name], {'format': 'plain'}
     elif name == 'tagging':
-        file = write(tmp_path / 'a.jsonl', '{"words": ["", ""], "tags": ["O", "O"]}\n{"words": ["a", "b"], "tags": ["B-X", "O"]}\n')
-        read = tasks.TASKS[name], {'word_column': '', 'tag_column': '', 'sentence_column': '', 'scheme': 'iob2', 'labels': (),
-                                   'document_context': False, 'features': '', 'lstm_size': 1}
+        file = write(
+            tmp_path / 'a.jsonl',
+            '{"words": ["", ""], "tags": ["O", "O"]}\n{"words": ["a", "b"], "tags": ["B-X", "O"]}\n',
+        )
+        read = (
+            tasks.TASKS[name],
+            {
+                'word_column': '',
+                'tag_column': '',
+                'sentence_column': '',
+                'scheme': 'iob2',
+                'labels': (),
+                'document_context': False,
+                'features': '',
+                'lstm_size': 1,
+            },
+        )
     else:
         for split in ('train', 'dev'):
             write(tmp_path / f'{split}.tsv', 'sentence\tlabel\n\t1\nb\t0\n')

@@ -13,7 +13,10 @@ from conftest import ROOT
 from bert_jax import lock
 from bert_jax.cli import UserError
 
-HOLD = 'import sys, time\nfrom bert_jax import lock\nwith lock.hold(sys.argv[1]):\n    print("held", flush=True)\n    time.sleep(60)\n'
+HOLD = (
+    'import sys, time\nfrom bert_jax import lock\n'
+    'with lock.hold(sys.argv[1]):\n    print("held", flush=True)\n    time.sleep(60)\n'
+)
 
 
 @pytest.fixture
@@ -59,7 +62,11 @@ def test_a_lease_of_another_host_counts_on_a_shared_disk_until_it_is_stale(tmp_p
     with pytest.raises(UserError, match='1 on elsewhere.*the same command works in 4 minutes'), lock.hold(fresh):
         pass
     assert json.loads((tmp_path / 'fresh' / 'lock.json').read_text())['id'] == 'x'
-    for facts in ({'renewed': time.time() - 301}, {'run': 'my-slice'}, {'host': lock.socket.gethostname(), 'process': 2**22 + 1}):
+    for facts in (
+        {'renewed': time.time() - 301},
+        {'run': 'my-slice'},
+        {'host': lock.socket.gethostname(), 'process': 2**22 + 1},
+    ):
         monkeypatch.setenv('BERT_JAX_RUN', facts.get('run', 'another'))
         with lock.hold(lease(tmp_path / 'over', **facts)):
             assert json.loads((tmp_path / 'over' / 'lock.json').read_text())['process'] == os.getpid()

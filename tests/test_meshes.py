@@ -51,7 +51,9 @@ def test_parameters_shrink_as_the_axes_say(results):
     assert results['8 data']['per_device'] == whole
     one = jax.sharding.AbstractMesh((1, 1, 1, 1), partition.AXES)
     shapes = train.state_shapes(models.build(), optimizer.make_optimizer('adamw', **SETTINGS), models.batch())
-    vectors = sum(size for name, _, _, size in partition.describe(shapes.params, one) if name.endswith(('bias', 'scale')))
+    vectors = sum(
+        size for name, _, _, size in partition.describe(shapes.params, one) if name.endswith(('bias', 'scale'))
+    )
     for part, copies in (('params', 1), ('opt_state', 2)):
         expected = (whole[part] - copies * vectors) / 4 + copies * vectors
         assert results['2 data x 4 fsdp']['per_device'][part] == pytest.approx(expected, abs=4)
@@ -85,7 +87,7 @@ def test_dropout_differs_by_row_device_micro_batch_and_step(results):
 
 
 def test_evaluation_is_exact_whatever_the_devices_the_batch_and_the_lengths(results):
-    """29 examples, each once and in order, the batches filled up with rows that weigh nothing; also packed, and by tokens."""
+    """29 examples, each once and in order, batches filled up with rows that weigh nothing; packed, and by tokens."""
     found = results['evaluations']
     first = found['classes'][0]
     assert len(first) == 29 * 3 + 1 and len(found['tags'][0]) > 2 * len(first)
@@ -99,7 +101,11 @@ def test_every_parameter_and_its_share_can_be_listed():
     state = train.state_shapes(model, optimizer.make_optimizer('adamw', **SETTINGS), example)
     mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), partition.AXES)
     rows = {name: (shape, split, size) for name, shape, split, size in partition.describe(state.params, mesh)}
-    assert rows['encoder/layers/attention/qkv/kernel'] == ((2, 32, 4, 3, 8), '-, fsdp, tensor, -, -', 2 * 32 * 4 * 3 * 8 * 4 // 4)
+    assert rows['encoder/layers/attention/qkv/kernel'] == (
+        (2, 32, 4, 3, 8),
+        '-, fsdp, tensor, -, -',
+        2 * 32 * 4 * 3 * 8 * 4 // 4,
+    )
     assert rows['embeddings/token'] == ((128, 32), 'tensor, fsdp', 128 * 32)
     assert rows['encoder/layers/mlp/up/bias'][1] == '-, tensor'
     assert all(('fsdp' in split) != name.endswith(('bias', 'scale')) for name, (_, split, _) in rows.items())
@@ -216,14 +222,26 @@ def test_slices_are_the_outermost_axis_and_fsdp_comes_when_the_state_does_not_fi
     assert partition.automatic_shape(state(3 * 10**9), devices[:8]) == [-1, 4, 1]  # 24 GB of parameters and gradients
     assert partition.automatic_shape(state(10**12), devices[:8]) == [-1, 8, 1]
     assert partition.automatic_shape(state(10**9), devices[:8]) == [-1, 1, 1]  # 8 GB
-    assert partition.automatic_shape(state(10**9), devices[:8], accumulation=2) == [-1, 2, 1]  # 8 GB whole, and 4 GB split
+    assert partition.automatic_shape(state(10**9), devices[:8], accumulation=2) == [
+        -1,
+        2,
+        1,
+    ]  # 8 GB whole, and 4 GB split
     mesh = partition.make_mesh((-1, 2, 2), devices=devices)
     assert dict(mesh.shape) == {'slice': 2, 'data': 2, 'fsdp': 2, 'tensor': 2}
     assert [{d.slice_index for d in part.ravel()} for part in mesh.devices] == [{0}, {1}]
 
 
-@pytest.mark.parametrize('kind, layout', [('TPU v5 lite', (4, 4, 1)), ('TPU v5 lite', (8, 8, 1)), ('TPU v6 lite', (16, 16, 1)),
-                                          ('TPU v4', (2, 4, 4)), ('TPU v4', (4, 4, 4))])
+@pytest.mark.parametrize(
+    'kind, layout',
+    [
+        ('TPU v5 lite', (4, 4, 1)),
+        ('TPU v5 lite', (8, 8, 1)),
+        ('TPU v6 lite', (16, 16, 1)),
+        ('TPU v4', (2, 4, 4)),
+        ('TPU v4', (4, 4, 4)),
+    ],
+)
 def test_every_division_of_a_slice_is_a_mesh(kind, layout):
     """Also those whose axes are no product of whole physical ones."""
     count = int(np.prod(layout))
@@ -236,8 +254,16 @@ def test_every_division_of_a_slice_is_a_mesh(kind, layout):
 
 def test_hosts_of_gpus_are_no_slices():
     """XLA gives the devices of each host a slice_index of their own."""
-    devices = [FakeDevice(number, slice_index=number // 8, kind='NVIDIA H100 80GB HBM3', platform='gpu') for number in range(32)]
-    assert dict(partition.make_mesh((8, 4, 1), devices=devices).shape) == {'slice': 1, 'data': 8, 'fsdp': 4, 'tensor': 1}
+    devices = [
+        FakeDevice(number, slice_index=number // 8, kind='NVIDIA H100 80GB HBM3', platform='gpu')
+        for number in range(32)
+    ]
+    assert dict(partition.make_mesh((8, 4, 1), devices=devices).shape) == {
+        'slice': 1,
+        'data': 8,
+        'fsdp': 4,
+        'tensor': 1,
+    }
 
 
 def test_make_mesh_says_what_does_not_fit():

@@ -37,7 +37,9 @@ def test_padding_of_the_vocabulary_can_never_be_predicted():
     assert logits.shape == (8, P, 128) and (logits[..., V:] < -1e8).all()
     chances = np.asarray(jax.nn.softmax(logits))
     assert (chances[..., :V] > 0).all() and (chances[..., V:] == 0).all()  # every real one can be
-    grads = jax.grad(lambda p: model.apply({'params': p}, example, train=False, method='losses')['mlm']['loss'].total)(params)
+    grads = jax.grad(lambda p: model.apply({'params': p}, example, train=False, method='losses')['mlm']['loss'].total)(
+        params
+    )
     assert not grads['targets_mlm']['bias'][V:].any() and not grads['embeddings']['token'][V:].any()
     assert grads['targets_mlm']['bias'][:V].all()
 
@@ -74,22 +76,34 @@ def test_scanned_and_unrolled_are_the_same_dropout_included():
 
 
 def test_rematerialisation_changes_memory_and_no_gradient():
-    """What the backward pass keeps shrinks from none to elementwise to dots to full; dropout is drawn again as it was."""
+    """What the backward pass keeps shrinks from none to full; dropout is drawn again as it was."""
     example = {name: np.tile(x, (8, 1)) for name, x in batch().items() if x.ndim == 2}
     sizes, gradients = {}, {}
     for remat in ('none', 'elementwise', 'dots', 'full'):
-        model = build('model.encoder.num_layers=6', 'model.run.unroll=1', 'model.embeddings.dropout_rate=0.2', f'model.run.remat={remat}')
+        model = build(
+            'model.encoder.num_layers=6',
+            'model.run.unroll=1',
+            'model.embeddings.dropout_rate=0.2',
+            f'model.run.remat={remat}',
+        )
         params = random_params(model, example)
 
         def loss(params, model=model):
-            losses = model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(1)}, method='losses')
+            losses = model.apply(
+                {'params': params}, example, train=True, rngs={'dropout': jax.random.key(1)}, method='losses'
+            )
             return losses['mlm']['loss'].total + losses['nsp']['loss'].total
 
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
         sizes[remat], gradients[remat] = compiled.memory_analysis().temp_size_in_bytes, compiled(params)
-    assert sizes['none'] > sizes['elementwise'] > sizes['dots'] > 1.3 * sizes['full'] and sizes['none'] > 1.5 * sizes['dots'], sizes
+    assert (
+        sizes['none'] > sizes['elementwise'] > sizes['dots'] > 1.3 * sizes['full']
+        and sizes['none'] > 1.5 * sizes['dots']
+    ), sizes
     for remat in ('elementwise', 'dots', 'full'):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients[remat], gradients['none'])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients[remat], gradients['none']
+        )
 
 
 def test_dots_keeps_what_dense_layers_give():
@@ -97,7 +111,10 @@ def test_dots_keeps_what_dense_layers_give():
     example, work = batch(), {}
     for remat in ('none', 'dots', 'full'):
         model = build('model.run.unroll=2', f'model.run.remat={remat}')
-        loss = lambda params, model=model: model.apply({'params': params}, example, train=False, method='losses')['mlm']['loss'].total  # noqa: E731
+
+        def loss(params, model=model):
+            return model.apply({'params': params}, example, train=False, method='losses')['mlm']['loss'].total
+
         work[remat] = jax.jit(jax.grad(loss)).lower(random_params(model, example)).compile().cost_analysis()['flops']
     assert work['none'] < work['dots'] < work['none'] + 0.4 * (work['full'] - work['none']), work
 
@@ -124,7 +141,9 @@ def test_the_contract_of_encoders(name):
     params = random_params(model, example)
     encode = lambda b: model.apply({'params': params}, b, train=False, method='encode')  # noqa: E731
     encoded, width = encode(example), model.encoder.width(D)
-    assert isinstance(encoded, Encoded) and encoded.hidden.shape == (8, L, width) and encoded.layers.keys() == set(reads)
+    assert (
+        isinstance(encoded, Encoded) and encoded.hidden.shape == (8, L, width) and encoded.layers.keys() == set(reads)
+    )
     embedded = model.apply({'params': params}, example, method=lambda m, b: m.embeddings(b, train=False))
     np.testing.assert_allclose(encoded.layers['hidden', 0], embedded, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(encoded.layers['hidden', 2], encoded.hidden, rtol=1e-5, atol=1e-6)
@@ -170,7 +189,9 @@ def test_each_layer_of_a_transformer(reads):
     np.testing.assert_allclose(encoded.hidden[real], hidden[-1].detach()[real], atol=1e-5)
     np.testing.assert_allclose(encoded.pooled, plain.pool(tree, hidden[-1], example).detach(), atol=1e-5)
     for layer in range(2) if reads else ():
-        np.testing.assert_allclose(encoded.layers['hidden', 'all'][layer][real], hidden[layer + 1].detach()[real], atol=1e-5)
+        np.testing.assert_allclose(
+            encoded.layers['hidden', 'all'][layer][real], hidden[layer + 1].detach()[real], atol=1e-5
+        )
     for i, part in enumerate(reads[1:]):
         assert encoded.layers[part, 'all'].shape == (2, 8, 4, L, D // 4)
         for layer in range(2):
@@ -199,12 +220,19 @@ def fine_tuning_labels(name):
 @pytest.mark.parametrize('name', TARGETS)
 def test_the_contract_of_targets(name):
     c = config()
-    kwargs = {'mlm': {'vocab_size': V, 'activation': 'gelu'}, 'nsp': {}, 'lm': {'vocab_size': V},
-              'relations': {'num_heads': 8, 'layer': -1},
-              'classification': {'num_classes': 3, 'dropout_rate': 0.1}, 'tagging': {'num_classes': 3, 'dropout_rate': 0.1},
-              'multilabel': {'num_classes': 3, 'dropout_rate': 0.1}, 'regression': {'dropout_rate': 0.1},
-              'bilstm_tagging': {'num_classes': 3, 'features': 'sum_all', 'hidden_size': 5, 'dropout_rate': 0.1},
-              'span': {}, 'multiple_choice': {'num_choices': 2, 'dropout_rate': 0.1}}
+    kwargs = {
+        'mlm': {'vocab_size': V, 'activation': 'gelu'},
+        'nsp': {},
+        'lm': {'vocab_size': V},
+        'relations': {'num_heads': 8, 'layer': -1},
+        'classification': {'num_classes': 3, 'dropout_rate': 0.1},
+        'tagging': {'num_classes': 3, 'dropout_rate': 0.1},
+        'multilabel': {'num_classes': 3, 'dropout_rate': 0.1},
+        'regression': {'dropout_rate': 0.1},
+        'bilstm_tagging': {'num_classes': 3, 'features': 'sum_all', 'hidden_size': 5, 'dropout_rate': 0.1},
+        'span': {},
+        'multiple_choice': {'num_choices': 2, 'dropout_rate': 0.1},
+    }
     c.targets = {name: {'weight': 1.0, **kwargs[name]}}
     c.encoder.sees = TARGETS[name].sees
     model, example = models.build(c), batch() | fine_tuning_labels(name)
@@ -227,23 +255,56 @@ def test_losses_of_tags_spans_and_choices_against_pytorch():
     """Cross-entropy over the labelled tokens; start and end alike; a softmax over the choices that exist."""
     example = batch() | {'input_mask': batch()['input_mask']}
     for name, target, outputs, expected in (
-            ('tagging', TARGETS['tagging'](3, 0.0), {'logits': np.random.default_rng(0).normal(size=(8, L, 3))},
-             lambda o, e: torch.nn.functional.cross_entropy(o['logits'].flatten(0, 1), e['label_ids'].long().flatten(),
-                                                            ignore_index=-1)),
-            ('span', TARGETS['span'](), {f'{side}_logits': np.random.default_rng(i).normal(size=(8, L))
-                                         for i, side in enumerate(('start', 'end'))},
-             lambda o, e: sum(torch.nn.functional.cross_entropy(o[f'{side}_logits'], e[f'{side}_positions'].long(), reduction='none')[
-                 e['is_real_example'] > 0].mean() for side in ('start', 'end')) / 2),
-            ('multilabel', TARGETS['multilabel'](3, 0.0), {'logits': np.random.default_rng(0).normal(size=(8, 3))},
-             lambda o, e: torch.nn.functional.binary_cross_entropy_with_logits(o['logits'], e['label_ids'].double())),
-            ('regression', TARGETS['regression'](0.0), {'logits': np.random.default_rng(0).normal(size=8)},
-             lambda o, e: torch.nn.functional.mse_loss(o['logits'], e['label_ids'].double())),
-            ('multiple_choice', TARGETS['multiple_choice'](2, 0.0),
-             {'logits': np.where(np.reshape([1, 1, 1, 0, 1, 1, 0, 0], (4, 2)), np.random.default_rng(0).normal(size=(4, 2)), -1e9)},
-             lambda o, e: torch.nn.functional.cross_entropy(o['logits'][:3], torch.tensor([1, 0, 0])))):
+        (
+            'tagging',
+            TARGETS['tagging'](3, 0.0),
+            {'logits': np.random.default_rng(0).normal(size=(8, L, 3))},
+            lambda o, e: torch.nn.functional.cross_entropy(
+                o['logits'].flatten(0, 1), e['label_ids'].long().flatten(), ignore_index=-1
+            ),
+        ),
+        (
+            'span',
+            TARGETS['span'](),
+            {f'{side}_logits': np.random.default_rng(i).normal(size=(8, L)) for i, side in enumerate(('start', 'end'))},
+            lambda o, e: (
+                sum(
+                    torch.nn.functional.cross_entropy(
+                        o[f'{side}_logits'], e[f'{side}_positions'].long(), reduction='none'
+                    )[e['is_real_example'] > 0].mean()
+                    for side in ('start', 'end')
+                )
+                / 2
+            ),
+        ),
+        (
+            'multilabel',
+            TARGETS['multilabel'](3, 0.0),
+            {'logits': np.random.default_rng(0).normal(size=(8, 3))},
+            lambda o, e: torch.nn.functional.binary_cross_entropy_with_logits(o['logits'], e['label_ids'].double()),
+        ),
+        (
+            'regression',
+            TARGETS['regression'](0.0),
+            {'logits': np.random.default_rng(0).normal(size=8)},
+            lambda o, e: torch.nn.functional.mse_loss(o['logits'], e['label_ids'].double()),
+        ),
+        (
+            'multiple_choice',
+            TARGETS['multiple_choice'](2, 0.0),
+            {
+                'logits': np.where(
+                    np.reshape([1, 1, 1, 0, 1, 1, 0, 0], (4, 2)), np.random.default_rng(0).normal(size=(4, 2)), -1e9
+                )
+            },
+            lambda o, e: torch.nn.functional.cross_entropy(o['logits'][:3], torch.tensor([1, 0, 0])),
+        ),
+    ):
         labels = example | fine_tuning_labels(name)
         loss = target.terms({k: jnp.asarray(v, jnp.float32) for k, v in outputs.items()}, labels)['loss']
-        theirs = expected({k: torch.tensor(v) for k, v in outputs.items()}, {k: torch.tensor(v) for k, v in labels.items()})
+        theirs = expected(
+            {k: torch.tensor(v) for k, v in outputs.items()}, {k: torch.tensor(v) for k, v in labels.items()}
+        )
         assert float(loss.total / loss.count) == pytest.approx(float(theirs), rel=1e-5), name
 
 
@@ -314,7 +375,9 @@ def test_the_gradient_of_dropout(rate):
 
 def test_where_each_dropout_stands():
     """After the embeddings' norm, on the probabilities, on what is added before each norm: with the masks drawn."""
-    model = build('model.embeddings.dropout_rate=0.3', 'model.run.unroll=1', reads=tuple(('hidden', n) for n in range(3)))
+    model = build(
+        'model.embeddings.dropout_rate=0.3', 'model.run.unroll=1', reads=tuple(('hidden', n) for n in range(3))
+    )
     example, rngs = batch(), {'dropout': jax.random.key(1)}
     params, real = random_params(model, example), example['input_mask'] > 0
     with watch.dropout() as sites:
@@ -433,16 +496,22 @@ def recorded_masks(**rates):
 
     def run(seed):
         with watch.dropout() as sites:
-            model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(seed)}, method='losses')
+            model.apply(
+                {'params': params}, example, train=True, rngs={'dropout': jax.random.key(seed)}, method='losses'
+            )
         return {path: [call[:2] for call in calls] for path, calls in sites.items()}
 
     return run
 
 
 def test_each_dropout_site_has_its_own_rate():
-    sites = recorded_masks(embeddings__dropout_rate=0.1, encoder__dropout_rate=0.3, encoder__attention_dropout_rate=0.5)(0)
+    sites = recorded_masks(
+        embeddings__dropout_rate=0.1, encoder__dropout_rate=0.3, encoder__attention_dropout_rate=0.5
+    )(0)
     rates = {name: np.mean([(out == 0).mean() for _, out in calls]) for name, calls in sites.items()}
-    scales = {name: np.nanmedian([np.median((out / into)[out != 0]) for into, out in calls]) for name, calls in sites.items()}
+    scales = {
+        name: np.nanmedian([np.median((out / into)[out != 0]) for into, out in calls]) for name, calls in sites.items()
+    }
     expected = dict(zip(watch.SITES, (0.1, 0.5, 0.3, 0.3)))
     assert rates.keys() == expected.keys()
     for name, rate in expected.items():
@@ -471,13 +540,19 @@ def test_a_classifier_drops_its_pooled_vector():
     c.targets = {'classification': {'num_classes': 3, 'dropout_rate': 0.5, 'weight': 1.0}}
     model, example = models.build(c), batch()
     params = random_params(model, example)
-    a, b = (model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(s)})['classification']['logits']
-            for s in (0, 1))
+    a, b = (
+        model.apply({'params': params}, example, train=True, rngs={'dropout': jax.random.key(s)})['classification'][
+            'logits'
+        ]
+        for s in (0, 1)
+    )
     assert not np.allclose(a, b)
     head = TARGETS['classification'](num_classes=64, dropout_rate=0.3)  # whose logits are the pooled vector itself:
     weights = {'params': {'dense': {'kernel': jnp.eye(64), 'bias': jnp.zeros(64)}}}
     encoded = Encoded(None, {}, jnp.ones((500, 1, 64)))
-    seen = head.apply(weights, encoded, {}, None, train=True, method='outputs', rngs={'dropout': jax.random.key(0)})['logits']
+    seen = head.apply(weights, encoded, {}, None, train=True, method='outputs', rngs={'dropout': jax.random.key(0)})[
+        'logits'
+    ]
     assert abs((seen == 0).mean() - 0.3) < 0.01
     np.testing.assert_allclose(seen[seen != 0], 1 / 0.7, rtol=1e-4)
 
@@ -562,23 +637,37 @@ def test_no_buffer_of_all_positions_times_the_vocabulary():
     assert f'8x{L}x128xf32' not in text and f'{8 * L}x128xf32' not in text
 
 
-@pytest.mark.parametrize('change, words', [
-    ({'encoder.name': 'transfomer'}, ("Unknown encoder 'transfomer'", 'known: transformer')),
-    ({'encoder.num_layer': 3}, ("Unknown encoder transformer key 'num_layer'", 'num_layers')),
-    ({'encoder.activation': 'gelu_fast'}, ("Unknown activation 'gelu_fast'", 'gelu_new')),
-    ({'encoder.num_heads': 5}, ('hidden_size 32 is not a multiple of num_heads 5',)),
-    ({'encoder.remat': 'full'}, ('model.encoder.remat', 'model.run.remat says it')),
-    ({'encoder.kernel': 'xla'}, ('model.run.kernel says it',)),
-    ({'run.attention': 'xla'}, ("Unknown model.run key 'attention'", 'kernel')),
-    ({'run.unroll': 0}, ('model.run.unroll=0', '1 or more')),
-    ({'run.remat': 'some'}, ("Unknown remat 'some'", 'elementwise')),
-    ({'encoder.num_layers': 0}, ('model.encoder.num_layers=0', '1 or more')),
-    ({'encoder.dropout_rate': 1.5}, ('model.encoder.dropout_rate=1.5', '0 to 0.99')),
-    ({'encoder.sees': 'right'}, ("Unknown sees 'right'", 'prefix')),
-    ({'targets.bilstm_tagging': {'num_classes': 3, 'features': 'second_to_last', 'hidden_size': 5, 'dropout_rate': 0.1, 'weight': 1.0},
-      'encoder.num_layers': 1}, ('reads layer -2', 'has 1 layers')),
-    ({'targets.mlmm': {'weight': 1.0}}, ("Unknown target 'mlmm'", 'mlm')),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'encoder.name': 'transfomer'}, ("Unknown encoder 'transfomer'", 'known: transformer')),
+        ({'encoder.num_layer': 3}, ("Unknown encoder transformer key 'num_layer'", 'num_layers')),
+        ({'encoder.activation': 'gelu_fast'}, ("Unknown activation 'gelu_fast'", 'gelu_new')),
+        ({'encoder.num_heads': 5}, ('hidden_size 32 is not a multiple of num_heads 5',)),
+        ({'encoder.remat': 'full'}, ('model.encoder.remat', 'model.run.remat says it')),
+        ({'encoder.kernel': 'xla'}, ('model.run.kernel says it',)),
+        ({'run.attention': 'xla'}, ("Unknown model.run key 'attention'", 'kernel')),
+        ({'run.unroll': 0}, ('model.run.unroll=0', '1 or more')),
+        ({'run.remat': 'some'}, ("Unknown remat 'some'", 'elementwise')),
+        ({'encoder.num_layers': 0}, ('model.encoder.num_layers=0', '1 or more')),
+        ({'encoder.dropout_rate': 1.5}, ('model.encoder.dropout_rate=1.5', '0 to 0.99')),
+        ({'encoder.sees': 'right'}, ("Unknown sees 'right'", 'prefix')),
+        (
+            {
+                'targets.bilstm_tagging': {
+                    'num_classes': 3,
+                    'features': 'second_to_last',
+                    'hidden_size': 5,
+                    'dropout_rate': 0.1,
+                    'weight': 1.0,
+                },
+                'encoder.num_layers': 1,
+            },
+            ('reads layer -2', 'has 1 layers'),
+        ),
+        ({'targets.mlmm': {'weight': 1.0}}, ("Unknown target 'mlmm'", 'mlm')),
+    ],
+)
 def test_bad_configs_name_the_choices(change, words):
     c = config()
     with c.unlocked():
@@ -605,7 +694,7 @@ def test_initialisation_is_the_papers():
     cut_normal = scipy.stats.truncnorm(-2, 2, scale=0.02)
     entries = np.asarray(params['encoder']['layers']['mlp']['up']['kernel'])  # [N, D, F]
     assert scipy.stats.kstest(entries.ravel(), cut_normal.cdf).pvalue > 0.01
-    for axis in range(entries.ndim):                               # neighbours, the next layer among them, do not know of each other
+    for axis in range(entries.ndim):  # neighbours, the next layer among them, do not know of each other
         both = np.corrcoef(entries.ravel(), np.roll(entries, 1, axis).ravel())[0, 1]
         assert abs(both) < 5 / np.sqrt(entries.size), axis
 

@@ -1,6 +1,7 @@
 """The Colab notebook from its first cell to its last, in a fresh environment.
 
-As on Colab, jax and the other large libraries are there already (those of the tests); with BERT_JAX_LONG_TESTS=1 nothing is.
+As on Colab, jax and the other large libraries are there already (those of the tests); with
+BERT_JAX_LONG_TESTS=1 nothing is.
 """
 
 import json
@@ -39,8 +40,15 @@ def test_install_fine_tune_predict_export(tmp_path, monkeypatch):
         (site / 'colab.pth').write_text(sysconfig.get_path('purelib') + '\n')
     kernel = tmp_path / 'jupyter' / 'kernels' / 'fresh'
     kernel.mkdir(parents=True)
-    (kernel / 'kernel.json').write_text(json.dumps(
-        {'argv': [str(python), '-m', 'ipykernel_launcher', '-f', '{connection_file}'], 'display_name': 'fresh', 'language': 'python'}))
+    (kernel / 'kernel.json').write_text(
+        json.dumps(
+            {
+                'argv': [str(python), '-m', 'ipykernel_launcher', '-f', '{connection_file}'],
+                'display_name': 'fresh',
+                'language': 'python',
+            }
+        )
+    )
     monkeypatch.setenv('JUPYTER_PATH', str(tmp_path / 'jupyter'))
     monkeypatch.setenv('PATH', f'{python.parent}:{os.environ["PATH"]}')
     monkeypatch.delenv('PYTHONPATH', raising=False)
@@ -49,11 +57,20 @@ def test_install_fine_tune_predict_export(tmp_path, monkeypatch):
     table = tmp_path / 'my table.csv'
     table.write_text('text,label\n' + ''.join(f'w{i} w{i % 7},{"even" if i % 2 == 0 else "odd"}\n' for i in range(60)))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    values = {'SOURCE': str(ROOT), 'DRIVE': False, 'TABLE': str(table), 'INIT_FROM': str(tmp_path / 'hf'), 'EPOCHS': 1.0,
-              'BATCH_SIZE': 8, 'MAX_LENGTH': 32}
+    values = {
+        'SOURCE': str(ROOT),
+        'DRIVE': False,
+        'TABLE': str(table),
+        'INIT_FROM': str(tmp_path / 'hf'),
+        'EPOCHS': 1.0,
+        'BATCH_SIZE': 8,
+        'MAX_LENGTH': 32,
+    }
     for cell in notebook.cells:
         cell.source = fill(cell.source, values).replace('--lengths 32,64,128', '--lengths 16')
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name='fresh', resources={'metadata': {'path': str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name='fresh', resources={'metadata': {'path': str(tmp_path)}}
+    ).execute()
 
     said = ''.join(str(output) for cell in notebook.cells for output in cell.get('outputs', ()))
     assert "'image/png'" in said and "'label': " in said, said

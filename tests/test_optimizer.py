@@ -67,8 +67,12 @@ def test_against_float64_numpy(name, correct):
 def test_against_optax_on_unstacked_parameters(name):
     tree = {'dense': {'kernel': jnp.arange(1.0, 13).reshape(3, 4), 'bias': jnp.ones(4)}}
     mask = optimizer.decay_mask  # optax.lamb scales biases too, unlike its authors' code
-    peer = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-6), optax.add_decayed_weights(0.01, mask),
-                       *([optax.masked(optax.scale_by_trust_ratio(), mask)] if name == 'lamb' else []), optax.scale(-1e-2))
+    peer = optax.chain(
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-6),
+        optax.add_decayed_weights(0.01, mask),
+        *([optax.masked(optax.scale_by_trust_ratio(), mask)] if name == 'lamb' else []),
+        optax.scale(-1e-2),
+    )
     tx = optimizer.make_optimizer(name, bias_correction=True, **(SETTINGS | {'clip_norm': 0.0}))
     ours, theirs, a, b = tree, tree, tx.init(tree), peer.init(tree)
     for i in range(5):
@@ -82,7 +86,10 @@ def test_against_optax_on_unstacked_parameters(name):
 
 def test_decay_goes_by_name():
     mask = optimizer.decay_mask(params())
-    assert mask['encoder']['layers'] == {'dense': {'kernel': True, 'bias': False}, 'norm': {'scale': False, 'bias': False}}
+    assert mask['encoder']['layers'] == {
+        'dense': {'kernel': True, 'bias': False},
+        'norm': {'scale': False, 'bias': False},
+    }
     assert mask['embeddings']['token'] is True
 
 

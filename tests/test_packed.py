@@ -1,4 +1,4 @@
-"""Several labelled examples in a row: the same outputs, losses and gradients as a row each, nothing lost, little padding."""
+"""Several labelled examples in a row: outputs, losses and gradients as of a row each, nothing lost, little padding."""
 
 import itertools
 
@@ -59,7 +59,9 @@ def test_a_packed_batch_is_the_batch(kind, multiple):
         return jax.grad(loss)(params)
 
     numbers = np.array([3, 17, 5, 28, 11, 0, 9, 22])
-    for one, other in zip(jax.tree.leaves(gradient(together.make(numbers, 8))), jax.tree.leaves(gradient(apart.make(numbers, 8)))):
+    for one, other in zip(
+        jax.tree.leaves(gradient(together.make(numbers, 8))), jax.tree.leaves(gradient(apart.make(numbers, 8)))
+    ):
         np.testing.assert_allclose(one, other, atol=1e-5 * max(1, float(jnp.abs(other).max())))
 
 
@@ -67,13 +69,20 @@ def test_a_packed_batch_is_the_batch(kind, multiple):
 def test_every_example_once_an_epoch_in_one_shape_with_little_padding(multiple):
     sizes = np.clip(np.random.default_rng(0).geometric(0.1, 3000) + 3, 4, 60)
     rows = [(np.full(size, number % 60 + 5).tolist(), int(size)) for number, size in enumerate(sizes)]
-    data = packed.pack(tokenized.collect(rows, {'label_ids': np.arange(3000).astype(np.int32)}, pad_id=0, lengths=(64,)), 32, multiple)
+    data = packed.pack(
+        tokenized.collect(rows, {'label_ids': np.arange(3000).astype(np.int32)}, pad_id=0, lengths=(64,)), 32, multiple
+    )
     for epoch in (0, 1):
         batches = [data.batch(epoch * data.steps(32) + step, 32, seed=3) for step in range(data.steps(32))]
-        assert len({batch['input_ids'].shape for batch in batches}) == 1 and batches[0]['input_ids'].shape[0] % multiple == 0
+        assert (
+            len({batch['input_ids'].shape for batch in batches}) == 1
+            and batches[0]['input_ids'].shape[0] % multiple == 0
+        )
         labels = np.concatenate([batch['label_ids'][batch['is_real_example'] > 0] for batch in batches])
         assert sorted(labels) == list(range(3000))
-        least = 0.9 if multiple == 1 else 0.75  # real tokens; eight devices have a row each, as long as the longest text
+        least = (
+            0.9 if multiple == 1 else 0.75
+        )  # real tokens; eight devices have a row each, as long as the longest text
         assert np.mean([batch['input_mask'] > 0 for batch in batches[:-1]]) > least
         tokens = [(batch['input_mask'] > 0).sum() for batch in batches[:-1]]
         assert max(tokens) < 1.03 * min(tokens)
@@ -186,7 +195,9 @@ def test_evaluated_in_rows_of_given_lengths_it_is_the_same(kind):
     params = models.random_params(model, apart.make(np.arange(1), 1))
     step = evaluate.make_eval_step(model, partition.make_mesh((-1, 1, 1)))
     together = packed.pack_into(apart, (8, 16, 32, 48), 4)
-    found = [evaluate.predict(lambda batch: step(params, batch), data, 4, kind)[0]['logits'] for data in (apart, together)]
+    found = [
+        evaluate.predict(lambda batch: step(params, batch), data, 4, kind)[0]['logits'] for data in (apart, together)
+    ]
     np.testing.assert_allclose(found[1], found[0], atol=2e-5)
     batches = [batch for _, batch in together.evaluation_batches(4)]
     assert len({batch['input_ids'].shape for batch in batches}) == 1 and together.row_length in (16, 32, 48)

@@ -97,9 +97,18 @@ def take(batch, row, example, ones, place):
         mine = batch['input_mask'][row] == example
         first = np.argmax(mine)
         of_mine = (batch['masked_lm_weights'][row] > 0) & mine[batch['masked_lm_positions'][row]]
-        return np.concatenate([batch[name][row][mine] for name in ('input_ids', 'segment_ids', 'position_ids')] + [
-            batch['masked_lm_positions'][row][of_mine] - first, batch['masked_lm_ids'][row][of_mine],
-            [batch['cls_positions'][row, cls] - first, batch['next_sentence_labels'][row, cls], batch['next_sentence_weights'][row, cls]]])
+        return np.concatenate(
+            [batch[name][row][mine] for name in ('input_ids', 'segment_ids', 'position_ids')]
+            + [
+                batch['masked_lm_positions'][row][of_mine] - first,
+                batch['masked_lm_ids'][row][of_mine],
+                [
+                    batch['cls_positions'][row, cls] - first,
+                    batch['next_sentence_labels'][row, cls],
+                    batch['next_sentence_weights'][row, cls],
+                ],
+            ]
+        )
 
     return known(batch, row, example, example - 1), known(ones, place, 1, 0)
 
@@ -134,7 +143,9 @@ def test_an_example_does_not_see_its_neighbours(store):
     first = batch['input_mask'][0] == 1
     changed = batch | {'input_ids': np.where(first, batch['input_ids'], 9)}
     assert np.array_equal(encode(batch)[first], encode(changed)[first])
-    assert not np.allclose(encode(batch)[~first & (batch['input_mask'][0] > 0)], encode(changed)[~first & (batch['input_mask'][0] > 0)])
+    assert not np.allclose(
+        encode(batch)[~first & (batch['input_mask'][0] > 0)], encode(changed)[~first & (batch['input_mask'][0] > 0)]
+    )
 
 
 def test_flops_count_real_tokens_of_each_example(store):
@@ -158,4 +169,6 @@ def test_rows_are_full_where_documents_are_many(store):
 
 def test_empty_is_a_batch_without_text(store):
     real, none = make(store, 2).batch(0, 8), examples.empty(8, 128, 0.15, pack_lengths=2)
-    assert {name: (x.shape, x.dtype) for name, x in real.items()} == {name: (x.shape, x.dtype) for name, x in none.items()}
+    assert {name: (x.shape, x.dtype) for name, x in real.items()} == {
+        name: (x.shape, x.dtype) for name, x in none.items()
+    }

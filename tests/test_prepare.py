@@ -72,7 +72,10 @@ def test_killed_and_started_again_it_goes_on(vocab, tmp_path):
     for blocks in (0, 4, 8):  # which the journal has when the kill comes
         process = subprocess.Popen([sys.executable, '-m', 'bert_jax.prepare', *args, '--output', str(output)],
                                    cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (output / 'journal.json').exists() or json.loads((output / 'journal.json').read_text())['blocks'] < blocks:
+        while (
+            not (output / 'journal.json').exists()
+            or json.loads((output / 'journal.json').read_text())['blocks'] < blocks
+        ):
             assert process.poll() is None, 'it ended before it could be killed'
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -115,7 +118,9 @@ def damaged(path, tmp_path, name, damage):
 
 
 @pytest.mark.parametrize('damage', ['flip', 'cut'])
-@pytest.mark.parametrize('name', [*stores.FILES, 'store.json', 'tokenizer/vocab.txt', 'tokenizer/tokenizer_config.json'])
+@pytest.mark.parametrize(
+    'name', [*stores.FILES, 'store.json', 'tokenizer/vocab.txt', 'tokenizer/tokenizer_config.json']
+)
 def test_every_damaged_byte_is_noticed(store_path, tmp_path, name, damage):
     with pytest.raises(UserError, match='damaged|truncated'):
         stores.load(damaged(store_path, tmp_path, name, damage))
@@ -128,7 +133,9 @@ def test_a_store_of_another_version_or_tokenizer_is_refused(store_path, tmp_path
     def rewrite(**changes):
         body = json.loads((store_path / 'store.json').read_text()) | changes
         del body['sha256']
-        (copy / 'store.json').write_text(json.dumps(body | {'sha256': stores.info_hash(body)}, indent=2, sort_keys=True) + '\n')
+        (copy / 'store.json').write_text(
+            json.dumps(body | {'sha256': stores.info_hash(body)}, indent=2, sort_keys=True) + '\n'
+        )
 
     rewrite(format_version=2)
     with pytest.raises(UserError, match='format 2, this version reads 1'):
@@ -154,12 +161,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus, vocab, tmp_path):
     done = run(tmp_path / 'bad.txt', '--errors', 'replace')
     assert done.returncode == 0 and 'a single training document' in done.stderr
     (tmp_path / 'few.txt').write_text('one document\n\nand another\n')
-    done = call_module('prepare', '--tokenizer', vocab, '--input', tmp_path / 'few.txt', '--output', tmp_path / 'few', '--held_out', '0.001')
-    assert done.returncode == 0 and 'fewer than two documents are held out' in done.stderr and '--held_out than 0.001' in done.stderr
+    done = call_module(
+        'prepare',
+        '--tokenizer',
+        vocab,
+        '--input',
+        tmp_path / 'few.txt',
+        '--output',
+        tmp_path / 'few',
+        '--held_out',
+        '0.001',
+    )
+    assert (
+        done.returncode == 0
+        and 'fewer than two documents are held out' in done.stderr
+        and '--held_out than 0.001' in done.stderr
+    )
     expect_error(run(corpus), str(output), 'another inputs')
     expect_error(call_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', vocab), 'not empty')
-    expect_error(call_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', output, '--held_out', '1.5'),
-                 '--held_out 1.5')
+    expect_error(
+        call_module('prepare', '--tokenizer', vocab, '--input', corpus, '--output', output, '--held_out', '1.5'),
+        '--held_out 1.5',
+    )
 
 
 def test_bad_utf8_late_in_the_input_goes_on_with_errors_replace(corpus, vocab, tmp_path, monkeypatch, capsys):
@@ -266,18 +289,33 @@ def test_a_strangers_folder_is_left_as_it_is(corpus, vocab, tmp_path, monkeypatc
     (tmp_path / 'notes/a.txt').write_text('mine')
     (tmp_path / 'empty.txt').write_text('\n')
     (tmp_path / 'there').mkdir()
-    for output, source, words in (('notes', corpus, 'not empty and not a store'), ('there', tmp_path / 'empty.txt', 'no text')):
+    for output, source, words in (
+        ('notes', corpus, 'not empty and not a store'),
+        ('there', tmp_path / 'empty.txt', 'no text'),
+    ):
         with pytest.raises(UserError, match=words):
             prepare.prepare([str(source)], str(vocab), str(tmp_path / output), corpora.Reader())
-    assert contents(tmp_path / 'notes') == {'a.txt': b'mine'} and (tmp_path / 'there').exists() and not contents(tmp_path / 'there')
+    assert (
+        contents(tmp_path / 'notes') == {'a.txt': b'mine'}
+        and (tmp_path / 'there').exists()
+        and not contents(tmp_path / 'there')
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='a path is expected'):
         prepare.prepare([str(corpus)], str(vocab), '', corpora.Reader())
 
 
-@pytest.mark.parametrize('text, words', [
-    ('One is here. Two is there. Three is not. Four.\n' * 30, '100% of the lines hold several sentences; --format paragraphs'),
-    ('One line.\n\n' * 30, '100% of the documents have one sentence'), ('漢字仮名 交じり文\n' * 30, r'100% of the tokens are \[UNK\]')])
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        (
+            'One is here. Two is there. Three is not. Four.\n' * 30,
+            '100% of the lines hold several sentences; --format paragraphs',
+        ),
+        ('One line.\n\n' * 30, '100% of the documents have one sentence'),
+        ('漢字仮名 交じり文\n' * 30, r'100% of the tokens are \[UNK\]'),
+    ],
+)
 def test_what_a_text_does_not_look_like_is_said(text, words, vocab, tmp_path, capsys):
     (tmp_path / 'a.txt').write_text('\n\n'.join([text, text.replace('One', 'Any')]))
     prepare.prepare([str(tmp_path / 'a.txt')], str(vocab), str(tmp_path / 'store'), corpora.Reader(), 0.0)
@@ -292,7 +330,9 @@ def test_a_quiet_text_has_no_notes(corpus, vocab, tmp_path, capsys):
 def test_the_same_text_has_the_same_vocabulary(tmp_path):
     """In processes of their own, whose hash maps have orders of their own; many words, many ties."""
     rng = np.random.default_rng(0)
-    (tmp_path / 'a.txt').write_text('\n'.join(' '.join(''.join(rng.choice(list('abcdeéxyz'), 5)) for _ in range(8)) for _ in range(200)))
+    (tmp_path / 'a.txt').write_text(
+        '\n'.join(' '.join(''.join(rng.choice(list('abcdeéxyz'), 5)) for _ in range(8)) for _ in range(200))
+    )
     made = []
     for i in range(3):
         arguments = ['--input', tmp_path / 'a.txt', '--vocab_size', '300', '--output', tmp_path / str(i)]

@@ -22,8 +22,12 @@ from bert_jax import distributed
 
 DEVICES = 2  # of each process
 LONG = bool(os.environ.get('BERT_JAX_LONG_TESTS'))
-SETTINGS = [*(one for one in TINY if not one.startswith(('--config.phases', '--config.log_every', '--config.save_every'))),
-            '--config.log_every=1', '--config.save_every=40', '--config.model.embeddings.dropout_rate=0.0']
+SETTINGS = [
+    *(one for one in TINY if not one.startswith(('--config.phases', '--config.log_every', '--config.save_every'))),
+    '--config.log_every=1',
+    '--config.save_every=40',
+    '--config.model.embeddings.dropout_rate=0.0',
+]
 
 
 class Hosts:
@@ -38,13 +42,31 @@ class Hosts:
             home = folder / f'host{count}{i}'
             if not home.exists():
                 shutil.copytree(store, home / 'store')
-            command = [sys.executable, '-m', 'bert_jax.pretrain', '--config', ROOT / 'configs/pretrain.py:tiny', *SETTINGS,
-                       f'--config.store={home / "store"}', f'--config.phases=(({steps},64,8),)', '--workdir', work,
-                       '--heartbeat_seconds', '10', '--join_seconds', '60', *args, *each.get(f'on_{i}', ())]
+            command = [
+                sys.executable,
+                '-m',
+                'bert_jax.pretrain',
+                '--config',
+                ROOT / 'configs/pretrain.py:tiny',
+                *SETTINGS,
+                f'--config.store={home / "store"}',
+                f'--config.phases=(({steps},64,8),)',
+                '--workdir',
+                work,
+                '--heartbeat_seconds',
+                '10',
+                '--join_seconds',
+                '60',
+                *args,
+                *each.get(f'on_{i}', ()),
+            ]
             if count > 1:
                 command += ['--coordinator', f'127.0.0.1:{port}', '--num_processes', str(count), '--process_id', str(i)]
-            env = os.environ | {'PYTHONPATH': str(ROOT), 'HOME': str(home),
-                                'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={DEVICES}'}
+            env = os.environ | {
+                'PYTHONPATH': str(ROOT),
+                'HOME': str(home),
+                'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={DEVICES}',
+            }
             self.processes.append(subprocess.Popen(list(map(str, command)), cwd=home, env=env, text=True,
                                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE))
 
@@ -59,7 +81,9 @@ def log(work):
 def wait_for_step(hosts, work, step):
     end = time.monotonic() + 200
     while not (work / 'log.jsonl').exists() or len(log(work)) < step:
-        assert time.monotonic() < end and any(p.poll() is None for p in hosts.processes), [p.stderr.read() for p in hosts.processes]
+        assert time.monotonic() < end and any(p.poll() is None for p in hosts.processes), [
+            p.stderr.read() for p in hosts.processes
+        ]
         time.sleep(0.05)
 
 
@@ -116,7 +140,9 @@ def test_the_others_end_when_one_dies_or_hangs_and_all_go_on(store_path, referen
     assert (code == 75 or code < 0) and took < 45, (code, took, stderr)
     assert any(words in stderr for words in ('another process is gone', 'detected fatal errors', 'gloo::')), stderr
     done = Hosts(tmp_path, store_path, tmp_path / 'work', 2, often).wait()
-    assert [one.returncode for one in done] == [0, 0] and 'resuming at step' in done[0].stdout, [one.stderr for one in done]
+    assert [one.returncode for one in done] == [0, 0] and 'resuming at step' in done[0].stdout, [
+        one.stderr for one in done
+    ]
     assert_same_course(tmp_path / 'work', reference)
 
 
@@ -129,14 +155,30 @@ watch = lambda: threading.Thread(target=distributed._watch, args=(0.5,), daemon=
 """
 
 
-@pytest.mark.parametrize('code, exit_code, words', [
-    ('watch()\nfor _ in distributed.watched(iter([1, 2])): time.sleep(60)', 75, 'nothing has gone on for 0.5 s'),
-    ('watch()\nfor _ in distributed.watched(time.sleep(60) for _ in [1]): pass', 75, 'nothing has gone on for 0.5 s'),
-    ('watch()\ntime.sleep(60)', 75, 'nothing has gone on for 0.5 s'),
-    ('with distributed.exit_when_others_are_gone(): {}["what"]', 1, "KeyError: 'what'"),
-    ('with distributed.exit_when_others_are_gone(): raise UserError("the disk\\nis full")', 2, 'error: the disk is full'),
-    ('with distributed.exit_when_others_are_gone(): raise RuntimeError("NCCL: remote process exited")', 75, 'another process is gone'),
-    ('watch()\nfor _ in distributed.watched(iter(range(30))): time.sleep(0.05)', 0, '')])
+@pytest.mark.parametrize(
+    'code, exit_code, words',
+    [
+        ('watch()\nfor _ in distributed.watched(iter([1, 2])): time.sleep(60)', 75, 'nothing has gone on for 0.5 s'),
+        (
+            'watch()\nfor _ in distributed.watched(time.sleep(60) for _ in [1]): pass',
+            75,
+            'nothing has gone on for 0.5 s',
+        ),
+        ('watch()\ntime.sleep(60)', 75, 'nothing has gone on for 0.5 s'),
+        ('with distributed.exit_when_others_are_gone(): {}["what"]', 1, "KeyError: 'what'"),
+        (
+            'with distributed.exit_when_others_are_gone(): raise UserError("the disk\\nis full")',
+            2,
+            'error: the disk is full',
+        ),
+        (
+            'with distributed.exit_when_others_are_gone(): raise RuntimeError("NCCL: remote process exited")',
+            75,
+            'another process is gone',
+        ),
+        ('watch()\nfor _ in distributed.watched(iter(range(30))): time.sleep(0.05)', 0, ''),
+    ],
+)
 def test_a_process_that_cannot_go_on_does_not_keep_the_others(code, exit_code, words):
     start = time.monotonic()
     done = subprocess.run([sys.executable, '-c', HANGS + code], cwd=ROOT, text=True, capture_output=True, timeout=60)
@@ -162,12 +204,29 @@ def test_a_fault_of_one_process_ends_both_at_once():
     with contextlib.closing(socket.socket()) as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    processes = [subprocess.Popen([sys.executable, '-c', JOINED, f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={i}',
-                                   '--heartbeat_seconds=10'], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                 for i in (0, 1)]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                '-c',
+                JOINED,
+                f'--coordinator=127.0.0.1:{port}',
+                '--num_processes=2',
+                f'--process_id={i}',
+                '--heartbeat_seconds=10',
+            ],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in (0, 1)
+    ]
     start = time.monotonic()
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert processes[1].returncode == 1 and 'No such file' in errors[1] and 'FileNotFoundError (above)' in errors[1], errors[1]
+    assert processes[1].returncode == 1 and 'No such file' in errors[1] and 'FileNotFoundError (above)' in errors[1], (
+        errors[1]
+    )
     assert (processes[0].returncode == 75 or processes[0].returncode < 0) and time.monotonic() - start < 60, errors[0]
 
 
@@ -185,7 +244,13 @@ def test_which_errors_say_that_another_process_is_gone(text, gone, monkeypatch):
 
 
 def test_processes_that_disagree_are_told_what_about(store_path, tmp_path):
-    done = Hosts(tmp_path, store_path, tmp_path / 'work', 2, on_1=('--config.seed=7', '--config.model.encoder.num_layers=3', '--workdir', tmp_path / 'b')).wait()
+    done = Hosts(
+        tmp_path,
+        store_path,
+        tmp_path / 'work',
+        2,
+        on_1=('--config.seed=7', '--config.model.encoder.num_layers=3', '--workdir', tmp_path / 'b'),
+    ).wait()
     for one in done:
         expect_error(one, 'do not agree', 'config.seed is 0 on process 0, 7 on process 1',
                      'config.model.encoder.num_layers is 2 on process 0, 3 on process 1', "the workdir is ")
@@ -196,14 +261,41 @@ def test_processes_that_disagree_are_told_what_about(store_path, tmp_path):
 
 
 def test_nobody_at_the_address(store_path, tmp_path):
-    done = Hosts(tmp_path, store_path, tmp_path / 'work', 1, '--coordinator', '127.0.0.1:1', '--num_processes', 2, '--process_id', 1,
-                 '--join_seconds', 1).wait()[0]
+    done = Hosts(
+        tmp_path,
+        store_path,
+        tmp_path / 'work',
+        1,
+        '--coordinator',
+        '127.0.0.1:1',
+        '--num_processes',
+        2,
+        '--process_id',
+        1,
+        '--join_seconds',
+        1,
+    ).wait()[0]
     expect_error(done, '127.0.0.1:1', 'No coordinator answers', 'tried for 1 s')
-    done = Hosts(tmp_path, store_path, tmp_path / 'work', 1, '--coordinator', f'127.0.0.1:{free_port()}', '--num_processes', 2,
-                 '--process_id', 0, '--join_seconds', 2).wait()[0]
+    done = Hosts(
+        tmp_path,
+        store_path,
+        tmp_path / 'work',
+        1,
+        '--coordinator',
+        f'127.0.0.1:{free_port()}',
+        '--num_processes',
+        2,
+        '--process_id',
+        0,
+        '--join_seconds',
+        2,
+    ).wait()[0]
     expect_error(done, 'came together within 2 s', '--process_id of its own')
-    for args, words in ((('--coordinator', 'here'), 'HOST:PORT is expected'), (('--process_id', 3), 'need --coordinator'),
-                        (('--coordinator', 'a:1', '--num_processes', 2, '--process_id', 2), '0 to 1 are expected')):
+    for args, words in (
+        (('--coordinator', 'here'), 'HOST:PORT is expected'),
+        (('--process_id', 3), 'need --coordinator'),
+        (('--coordinator', 'a:1', '--num_processes', 2, '--process_id', 2), '0 to 1 are expected'),
+    ):
         expect_error(Hosts(tmp_path, store_path, tmp_path / 'work', 1, *args).wait()[0], words)
 
 

@@ -1,4 +1,4 @@
-"""The quickstart's stages in small, on a SentencePiece vocabulary: what launch/quickstart.sh calls, one after the other."""
+"""The quickstart's stages in small, on a SentencePiece vocabulary: what launch/quickstart.sh calls, in turn."""
 
 import collections
 import shutil
@@ -25,7 +25,9 @@ def test_stdlib_is_a_corpus(vocab, tmp_path, monkeypatch):
     documents = list(stdlib.documents())[:40]
     monkeypatch.setattr(stdlib, 'documents', lambda: iter(documents))
     read = [document for block in corpora.Reader().blocks('stdlib:') for document in corpora.Reader().documents(block)]
-    assert len(read) == 40 and all(' '.join(sentences).split() == text.split() for sentences, text in zip(read, documents))
+    assert len(read) == 40 and all(
+        ' '.join(sentences).split() == text.split() for sentences, text in zip(read, documents)
+    )
 
 
 TWO = {package for package, _ in collections.Counter(package for _, package in stdlib.labelled()).most_common(2)}
@@ -35,7 +37,9 @@ TWO = {package for package, _ in collections.Counter(package for _, package in s
 def run(corpus, sentencepiece_vocab, tmp_path_factory):
     folder = tmp_path_factory.mktemp('quickstart')
     prepare.prepare([str(corpus)], str(sentencepiece_vocab), str(folder / 'store'), corpora.Reader(), 0.15)
-    config = cli.load_config('configs/quickstart.py', [*TINY, '--config.phases=((10,64,8),)', f'--config.store={folder}/store'])
+    config = cli.load_config(
+        'configs/quickstart.py', [*TINY, '--config.phases=((10,64,8),)', f'--config.store={folder}/store']
+    )
     pretrain.pretrain(config, str(folder / 'pretrain'))
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(stdlib, 'CLASSES', 2)
@@ -45,17 +49,33 @@ def run(corpus, sentencepiece_vocab, tmp_path_factory):
     assert [tuple(line.split('\t')) for line in (folder / 'packages.tsv').read_text().splitlines()[1:]] == [
         row for row in stdlib.labelled() if row[1] in TWO]
     for scratch, work in ((False, 'finetune'), (True, 'finetune_from_scratch')):
-        task = cli.load_config('configs/finetune.py:classification', [
-            f'--config.init_from={folder}/pretrain', f'--config.from_scratch={scratch}', '--config.task.label_column=package',
-            f'--config.task.train_file={folder}/packages.tsv', '--config.task.dev_share=0.2', '--config.epochs=1.0',
-            '--config.max_length=32', '--config.num_lengths=1'])
+        task = cli.load_config(
+            'configs/finetune.py:classification',
+            [
+                f'--config.init_from={folder}/pretrain',
+                f'--config.from_scratch={scratch}',
+                '--config.task.label_column=package',
+                f'--config.task.train_file={folder}/packages.tsv',
+                '--config.task.dev_share=0.2',
+                '--config.epochs=1.0',
+                '--config.max_length=32',
+                '--config.num_lengths=1',
+            ],
+        )
         finetune.train_task(finetune.Job(task, finetune.read_task(task)), task, str(folder / work))
     return folder
 
 
 def test_the_report_shows_each_result_beside_what_it_has_to_beat(run, capsys):
     table = '\n'.join(report.table(run))
-    for words in ('held-out masked-word loss', 'unigram model', 'next-sentence', 'a coin', 'majority class', 'without pre-training'):
+    for words in (
+        'held-out masked-word loss',
+        'unigram model',
+        'next-sentence',
+        'a coin',
+        'majority class',
+        'without pre-training',
+    ):
         assert words in table
     report.fill_masks(run)
     said = capsys.readouterr().out
@@ -78,8 +98,10 @@ def test_the_report_of_a_run_that_has_not_finished_is_one_line(tmp_path):
         report.table(tmp_path)
 
 
-@pytest.mark.parametrize('arguments, code, words', [(['--help'], 0, '--corpus'), (['--corpse'], 2, 'unknown argument --corpse'),
-                                                    (['--corpus'], 1, '--corpus needs')])
+@pytest.mark.parametrize(
+    'arguments, code, words',
+    [(['--help'], 0, '--corpus'), (['--corpse'], 2, 'unknown argument --corpse'), (['--corpus'], 1, '--corpus needs')],
+)
 def test_the_script_says_what_it_takes(arguments, code, words):
     done = subprocess.run(['bash', 'launch/quickstart.sh', *arguments], cwd=ROOT, text=True, capture_output=True, env={
         'PATH': '/usr/bin:/bin', 'PYTHON': sys.executable})
@@ -107,8 +129,12 @@ def test_the_scripts_own_advice_to_hold_out_more_can_be_followed(tmp_path):
 
     def run(*arguments):
         (tmp_path / 'calls').write_text('')
-        done = subprocess.run(['bash', 'launch/quickstart.sh', '--run', 'run', '--corpus', 'a.txt', *arguments], cwd=tmp_path, text=True,
-                              capture_output=True)
+        done = subprocess.run(
+            ['bash', 'launch/quickstart.sh', '--run', 'run', '--corpus', 'a.txt', *arguments],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+        )
         return done, (tmp_path / 'calls').read_text()
 
     (tmp_path / 'fails').touch()  # too few documents are held out, says pretrain
@@ -120,4 +146,6 @@ def test_the_scripts_own_advice_to_hold_out_more_can_be_followed(tmp_path):
     done, calls = run()
     assert done.returncode == 0 and 'bert_jax.prepare' not in calls  # 0.2 is remembered
     done, calls = run('--held_out', '0.3')
-    assert done.returncode == 2 and not calls and 'was pre-trained with --held_out 0.2; give another --run' in done.stderr
+    assert (
+        done.returncode == 2 and not calls and 'was pre-trained with --held_out 0.2; give another --run' in done.stderr
+    )

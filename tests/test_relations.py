@@ -25,7 +25,7 @@ def student(**changes):
 
 
 def teacher():
-    """Wider, deeper, of other heads and half of the vocabulary; with its parameters and the mapping of ids to its own."""
+    """Wider, deeper, of other heads and half of the vocabulary; with its parameters and a mapping of ids to its own."""
     c = models.config('model.embeddings.hidden_size=48', 'model.encoder.num_heads=2', 'model.encoder.num_layers=3',
                       'model.embeddings.vocab_size=40')
     c.targets = {}
@@ -35,7 +35,7 @@ def teacher():
 
 
 def by_hand(taught, learned, mask):
-    """{kind: the mean over examples of the KL of relations}, one example, relation head and token at a time, in float64."""
+    """{kind: the mean over examples of the KL}, one example, relation head and token at a time, in float64."""
     found = {}
     for kind in relations.KINDS:
         total, examples = 0.0, 0
@@ -45,8 +45,12 @@ def by_hand(taught, learned, mask):
                 examples += 1
                 logs = []
                 for x in (taught[kind], learned[kind]):
-                    x = np.asarray(x, np.float64)[row].transpose(1, 0, 2).reshape(mask.shape[1], R, -1)[here]  # [n, R, d]
-                    logs.append([scipy.special.log_softmax(x[:, r] @ x[:, r].T / np.sqrt(x.shape[-1]), -1) for r in range(R)])
+                    x = (
+                        np.asarray(x, np.float64)[row].transpose(1, 0, 2).reshape(mask.shape[1], R, -1)[here]
+                    )  # [n, R, d]
+                    logs.append(
+                        [scipy.special.log_softmax(x[:, r] @ x[:, r].T / np.sqrt(x.shape[-1]), -1) for r in range(R)]
+                    )
                 right, ours = np.array(logs)
                 total += (np.exp(right) * (right - ours)).sum() / (R * len(here))
         found[kind] = total / examples
@@ -78,7 +82,9 @@ def run(parts, accumulation=1, shape=(1, 1, 1), steps=3):
     other = fixed | {'ids': jnp.flip(fixed['ids'])}
     fixed = {source: {'one': fixed, 'two': other}[source] for source in parts}
     annotate = dict.fromkeys(parts, relations.teaching(teaching, 2))
-    tx = optimizer.make_optimizer('adamw', b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, clip_norm=1.0, bias_correction=True)
+    tx = optimizer.make_optimizer(
+        'adamw', b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, clip_norm=1.0, bias_correction=True
+    )
     example = next(iter(parts.values()))
     params = jax.tree.map(jnp.array, models.random_params(model, example, scale=0.1))
     mesh = partition.make_mesh(shape, devices=jax.devices()[:math.prod(shape)])
@@ -102,7 +108,9 @@ def test_a_teacher_in_the_step_teaches_and_stays_what_it_is():
         models.random_params(model, models.batch()))
     mesh = partition.make_mesh((1, 1, 1), devices=jax.devices()[:1])
     step = evaluate.make_loss_step(model, mesh, relations.teaching(teacher()[0], 2))
-    scores = evaluate.evaluate(lambda params, batch: step(params, batch, fixed['one']), state.params, [models.batch()], mesh)
+    scores = evaluate.evaluate(
+        lambda params, batch: step(params, batch, fixed['one']), state.params, [models.batch()], mesh
+    )
     assert scores['relations/loss'] < found[0]['relations/loss']
 
 
@@ -114,14 +122,18 @@ def test_two_sources_are_one_loss_over_all_their_examples():
     masks = [batch['masked_lm_weights'].sum() for batch in parts.values()]
     for name, weights in (('mlm/loss', masks), ('relations/loss', [8, 4])):
         assert both[0][name] == pytest.approx(np.average([one[name] for one in alone], weights=weights), rel=1e-5)
-        assert [both[0][f'{source}/{name}'] for source in parts] == pytest.approx([one[name] for one in alone], rel=1e-5)
+        assert [both[0][f'{source}/{name}'] for source in parts] == pytest.approx(
+            [one[name] for one in alone], rel=1e-5
+        )
 
 
 def test_micro_batches_change_nothing_under_a_teacher():
     parts = {'one': models.batch(), 'two': models.batch(np.random.default_rng(5))}
     (whole, state, _), (cut, other, _) = run(parts), run(parts, accumulation=4)
     for one, two in zip(whole, cut):
-        assert one['loss'] == pytest.approx(two['loss'], rel=1e-4) and one['relations/loss'] == pytest.approx(two['relations/loss'], rel=1e-4)
+        assert one['loss'] == pytest.approx(two['loss'], rel=1e-4) and one['relations/loss'] == pytest.approx(
+            two['relations/loss'], rel=1e-4
+        )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, other.params)
 
 
@@ -135,10 +147,22 @@ def test_one_layer_read_costs_one_layers_memory():
 
         def loss(params):
             layers = model.apply({'params': params}, example, train=False, method='encode').layers
-            return sum(jnp.sum(x**2) for x in layers.values()) if layers else sum(
-                terms['loss'].total for terms in model.apply({'params': params}, example, train=False, method='losses').values())
+            return (
+                sum(jnp.sum(x**2) for x in layers.values())
+                if layers
+                else sum(
+                    terms['loss'].total
+                    for terms in model.apply({'params': params}, example, train=False, method='losses').values()
+                )
+            )
 
-        return jax.jit(jax.grad(loss)).lower(models.random_params(model, example)).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(models.random_params(model, example))
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     one_layer = 32 * models.L * models.D * 4
     single, every = temporaries((('query', 12), ('key', 12))), temporaries((('query', 'all'), ('key', 'all')))
@@ -155,12 +179,16 @@ def test_one_layer_read_costs_one_layers_memory():
 def test_relations_that_cannot_be(change, words):
     with pytest.raises(UserError, match=words):
         model = student(relations={**change, 'weight': 1.0})
-        example = models.batch() | {f'teacher_{kind}': np.ones((8, 2, models.L, 24), np.float32) for kind in relations.KINDS}
+        example = models.batch() | {
+            f'teacher_{kind}': np.ones((8, 2, models.L, 24), np.float32) for kind in relations.KINDS
+        }
         params = models.random_params(model, example)
         model.apply({'params': params}, example, train=False, method='losses')
 
 
 def test_a_teacher_of_another_vocabulary_needs_a_mapping():
     assert relations.map_ids(['a', 'b'], ['b', 'x', 'a'], 'T') == [2, 0]
-    with pytest.raises(UserError, match=r"T: 1 of the student's 2 pieces are none of this teacher's 1, 'c' among them.*mapping"):
+    with pytest.raises(
+        UserError, match=r"T: 1 of the student's 2 pieces are none of this teacher's 1, 'c' among them.*mapping"
+    ):
         relations.map_ids(['a', 'c'], ['a'], 'T')

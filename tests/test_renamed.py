@@ -32,10 +32,26 @@ def test_a_config_of_an_older_version_says_the_same_by_the_new_names():
 def test_the_config_that_commit_e8ccb58_wrote():
     """Its config.json, as it lay in a workdir, says what the same command says now."""
     old = json.loads((ROOT / 'tests/config_of_e8ccb58.json').read_text())
-    given = [f'--config.{one}' for one in (
-        'store=STORE', 'phases=((6,64,8),(4,96,8))', 'model.encoder.num_layers=2', 'model.embeddings.hidden_size=32',
-        'model.encoder.num_heads=2', 'model.embeddings.max_length=128', 'log_every=2', 'save_every=2', 'eval_every=4', 'eval_examples=12',
-        'eval_batch_size=8', 'pipeline=thread', 'model.encoder.remat=dots', 'model.dtype=float32', 'model.embeddings.vocab_size=30522')]
+    given = [
+        f'--config.{one}'
+        for one in (
+            'store=STORE',
+            'phases=((6,64,8),(4,96,8))',
+            'model.encoder.num_layers=2',
+            'model.embeddings.hidden_size=32',
+            'model.encoder.num_heads=2',
+            'model.embeddings.max_length=128',
+            'log_every=2',
+            'save_every=2',
+            'eval_every=4',
+            'eval_examples=12',
+            'eval_batch_size=8',
+            'pipeline=thread',
+            'model.encoder.remat=dots',
+            'model.dtype=float32',
+            'model.embeddings.vocab_size=30522',
+        )
+    ]
     now = cli.load_config(PRETRAIN + ':tiny', given)
     with now.unlocked():
         now.store_hash = 'HASH'
@@ -58,11 +74,27 @@ def test_a_workdir_begun_before_is_gone_on_with_and_read(store_path, pretrained,
     described = json.loads((work / 'config.json').read_text())
     (work / 'config.json').write_text(json.dumps(as_before(described)))
     model = sources.load(str(work)).model
-    assert model.run.unroll == described['model']['run']['unroll'] and 'dtype' not in model and model.encoder.sees == 'both'
-    done = call_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', work, *TINY,
-                       '--config.model.encoder.unroll=1', '--config.model.encoder.remat=full', '--config.model.encoder.attention=xla')
+    assert (
+        model.run.unroll == described['model']['run']['unroll']
+        and 'dtype' not in model
+        and model.encoder.sees == 'both'
+    )
+    done = call_module(
+        'pretrain',
+        '--config',
+        'configs/pretrain.py:tiny',
+        f'--config.store={store_path}',
+        '--workdir',
+        work,
+        *TINY,
+        '--config.model.encoder.unroll=1',
+        '--config.model.encoder.remat=full',
+        '--config.model.encoder.attention=xla',
+    )
     assert done.returncode == 0 and 'resuming at step 8 of 10' in done.stdout, done.stderr
-    logs = [[json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()] for folder in (work, pretrained)]
+    logs = [
+        [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()] for folder in (work, pretrained)
+    ]
     assert [line['step'] for line in logs[0]] == [line['step'] for line in logs[1]]
     for found, expected in zip(*logs):
         assert found == pytest.approx(expected, rel=1e-4)

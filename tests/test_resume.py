@@ -24,7 +24,15 @@ PHASE_1 = 6  # steps, of TINY
 
 
 def command(store_path, work, *overrides):
-    return ['--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', str(work), *TINY, *overrides]
+    return [
+        '--config',
+        'configs/pretrain.py:tiny',
+        f'--config.store={store_path}',
+        '--workdir',
+        str(work),
+        *TINY,
+        *overrides,
+    ]
 
 
 def kill_when(args, condition):
@@ -64,7 +72,11 @@ def assert_same(work, reference):
 
 def log_steps(work):
     file = work / 'log.jsonl'
-    return [json.loads(line)['step'] for line in file.read_text().splitlines() if line.endswith('}')] if file.exists() else []
+    return (
+        [json.loads(line)['step'] for line in file.read_text().splitlines() if line.endswith('}')]
+        if file.exists()
+        else []
+    )
 
 
 def manifest(work, step):
@@ -77,7 +89,9 @@ def test_killed_in_each_phase_and_during_a_save(store_path, pretrained, tmp_path
     kill_when(args, lambda: manifest(work, 2) and 4 in log_steps(work))        # phase 1
     assert max(log_steps(work)) <= PHASE_1
     for _ in range(5):  # a kill can come late where much else runs
-        kill_when(args, lambda: any((work / 'checkpoints').glob('*6*')) and not manifest(work, 6))  # while saving step 6
+        kill_when(
+            args, lambda: any((work / 'checkpoints').glob('*6*')) and not manifest(work, 6)
+        )  # while saving step 6
         if not manifest(work, 6):
             break
         shutil.rmtree(work / 'checkpoints' / '00000006')
@@ -96,7 +110,9 @@ def test_killed_in_each_phase_and_during_a_save(store_path, pretrained, tmp_path
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(store_path, pretrained, tmp_path):
     work = tmp_path / 'damaged'
     subprocess.run(['cp', '-r', pretrained, work], check=True)
-    victim = max((work / 'checkpoints' / '00000010' / 'params').rglob('*'), key=lambda p: p.stat().st_size * p.is_file())
+    victim = max(
+        (work / 'checkpoints' / '00000010' / 'params').rglob('*'), key=lambda p: p.stat().st_size * p.is_file()
+    )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 16
     victim.write_bytes(content)
@@ -149,14 +165,18 @@ def test_the_workdir_tells_the_whole_story(pretrained):
 
 
 def test_another_config_in_the_same_workdir_is_refused_and_the_keys_named(store_path, pretrained):
-    result = call_module('pretrain', *command(store_path, pretrained, '--config.seed=7', '--config.schedule.warmup_share=0.3'))
+    result = call_module(
+        'pretrain', *command(store_path, pretrained, '--config.seed=7', '--config.schedule.warmup_share=0.3')
+    )
     expect_error(result, 'seed (0 there, 7 now)', 'schedule.warmup_share (0.2 there, 0.3 now)')
 
 
 def test_evaluation_does_not_depend_on_the_seed(store_path, pretrained, tmp_path):
     """Held-out masks are the same in every run: so is the unigram model's score on them."""
     work = tmp_path / 'other'
-    result = call_module('pretrain', *command(store_path, work, '--config.seed=1', '--config.phases=((2,64,8),(2,96,8))'))
+    result = call_module(
+        'pretrain', *command(store_path, work, '--config.seed=1', '--config.phases=((2,64,8),(2,96,8))')
+    )
     assert result.returncode == 0, result.stderr
     one, other = (json.loads((w / 'results.json').read_text()) for w in (work, pretrained))
     assert one['held_out/mlm/unigram_loss'] == other['held_out/mlm/unigram_loss']
@@ -186,8 +206,18 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_last_checkpoint(sto
     expect_error(result, 'not finite at step 3 (batch number 2)', 'the last good checkpoint is step 2')
     steps = checkpoint.Checkpoints(work / 'checkpoints').steps()
     assert steps == [2]
-    assert all(np.isfinite(x).all() for s in steps for x in
-               np.array([np.abs(v).max() for v in checkpoint.Checkpoints(work / 'checkpoints').restore(s, 'params')['encoder']['layers']['mlp']['up'].values()]))
+    assert all(
+        np.isfinite(x).all()
+        for s in steps
+        for x in np.array(
+            [
+                np.abs(v).max()
+                for v in checkpoint.Checkpoints(work / 'checkpoints')
+                .restore(s, 'params')['encoder']['layers']['mlp']['up']
+                .values()
+            ]
+        )
+    )
 
 
 @pytest.mark.parametrize('override, words', [
@@ -228,15 +258,24 @@ def test_what_cannot_run_is_refused(store_path, tmp_path, override, words):
 def test_a_refusal_is_one_line_and_exit_code_2(store_path, tmp_path):
     expect_error(call_module('pretrain', *command(store_path, tmp_path / 'work', '--config.sed=1')),
                  "Unknown config key 'sed'", 'seed')
-    expect_error(call_module('pretrain', '--config', 'configs/pretrain.py:huge', '--workdir', tmp_path / 'work'), 'huge', 'large')
-    expect_error(call_module('pretrain', '--config', 'configs/none.py', '--workdir', tmp_path / 'work'), 'configs/none.py')
+    expect_error(
+        call_module('pretrain', '--config', 'configs/pretrain.py:huge', '--workdir', tmp_path / 'work'), 'huge', 'large'
+    )
+    expect_error(
+        call_module('pretrain', '--config', 'configs/none.py', '--workdir', tmp_path / 'work'), 'configs/none.py'
+    )
 
 
 def test_two_stores_in_one_run_resume_exactly_and_are_scored_apart(store_path, vocab, tmp_path):
     (tmp_path / 'other.txt').write_text((ROOT / 'README.md').read_text().replace('## ', '\n\n'))
     other = tmp_path / 'other'
     prepare.prepare([str(tmp_path / 'other.txt')], str(vocab), str(other), corpora.Reader('paragraphs'), 0.3)
-    mixed = [f'--config.store={store_path},{other}', '--config.examples.mixture=(3,1)', '--config.phases=((6,64,8),)', '--config.eval_every=6']
+    mixed = [
+        f'--config.store={store_path},{other}',
+        '--config.examples.mixture=(3,1)',
+        '--config.phases=((6,64,8),)',
+        '--config.eval_every=6',
+    ]
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'
     for work, overrides in ((whole, ()), (halves, ())):
         assert call_module('pretrain', *command(store_path, work, *mixed, *overrides)).returncode == 0
@@ -251,5 +290,7 @@ def test_two_stores_in_one_run_resume_exactly_and_are_scored_apart(store_path, v
 
 def test_stores_of_different_tokenizers_are_refused(store_path, sentencepiece_vocab, corpus, tmp_path):
     prepare.prepare([str(corpus)], str(sentencepiece_vocab), str(tmp_path / 'other'), corpora.Reader(), 0.15)
-    result = call_module('pretrain', *command(store_path, tmp_path / 'w', f'--config.store={store_path},{tmp_path}/other'))
+    result = call_module(
+        'pretrain', *command(store_path, tmp_path / 'w', f'--config.store={store_path},{tmp_path}/other')
+    )
     expect_error(result, 'other with tokenizer', 'the stores of one run need one tokenizer')

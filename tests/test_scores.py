@@ -87,7 +87,10 @@ def test_entities_are_those_that_seqeval_counts():
     rng = np.random.default_rng(0)
     for _ in range(300):
         found = list(rng.choice(['O', 'B-PER', 'I-PER', 'B-LOC', 'I-LOC'], rng.integers(1, 9)))
-        ours = [(entity['type'], entity['begin'], entity['end'] - 1) for entity in tag_schemes.entities(['w'] * len(found), found)]
+        ours = [
+            (entity['type'], entity['begin'], entity['end'] - 1)
+            for entity in tag_schemes.entities(['w'] * len(found), found)
+        ]
         assert ours == get_entities(found), found
 
 
@@ -137,7 +140,9 @@ def test_squad_1_equals_torchmetrics():
     theirs = torchmetrics.text.SQuAD()(
         [{'prediction_text': str(said[k]), 'id': k} for k in gold],
         [{'answers': {'text': texts, 'answer_start': [0] * len(texts)}, 'id': k} for k, texts in gold.items()])
-    assert ours['exact'] == pytest.approx(float(theirs['exact_match'])) and ours['f1'] == pytest.approx(float(theirs['f1']), rel=1e-5)
+    assert ours['exact'] == pytest.approx(float(theirs['exact_match'])) and ours['f1'] == pytest.approx(
+        float(theirs['f1']), rel=1e-5
+    )
 
 
 def published(gold, said, odds, threshold):
@@ -187,7 +192,10 @@ def test_squad_2_equals_the_published_rules():
         ours = scores.squad(gold, said, odds)
         for name, value in expected.items():
             assert ours[name] == pytest.approx(value), (trial, name)
-        parts = [(f'{part}_exact', [k for k in gold if bool(gold[k]) == has]) for part, has in (('has_answer', True), ('no_answer', False))]
+        parts = [
+            (f'{part}_exact', [k for k in gold if bool(gold[k]) == has])
+            for part, has in (('has_answer', True), ('no_answer', False))
+        ]
         assert ours['exact'] == pytest.approx(sum(ours[name] * len(keys) for name, keys in parts) / len(gold))
 
 
@@ -195,4 +203,6 @@ def test_squad_2_equals_the_published_rules():
     ('The Cat!', 'cat', 1, 1), ('a cat', 'the dog', 0, 0), ('', '', 1, 1), ('cat', '', 0, 0), ('the', 'a', 1, 1),
     ('5', '5', 1, 1), ('big red cat', 'red cat sat', 0, 2 / 3)])
 def test_answers_one_by_one(truth, said, exact, f1):
-    assert scores.exact_match(truth, said) == exact and scores.token_f1(truth, said, unanswerable=True) == pytest.approx(f1)
+    assert scores.exact_match(truth, said) == exact and scores.token_f1(
+        truth, said, unanswerable=True
+    ) == pytest.approx(f1)

@@ -31,7 +31,9 @@ class Words:
 
 def seconds(words):
     passage = ' '.join(f'w{i % 97}' for i in range(words))
-    rows = [spans.Question(str(i), 'who is it ?', passage, ((f'w{i}', passage.index(f'w{i}')),), True, '') for i in range(4)]
+    rows = [
+        spans.Question(str(i), 'who is it ?', passage, ((f'w{i}', passage.index(f'w{i}')),), True, '') for i in range(4)
+    ]
     start = time.process_time()
     data = spans.encode(Task('span', {}, settings=SETTINGS), rows, Words(), 384, (384,))
     assert len(data.token_labels['best_context']) == len(data.ids)
@@ -109,7 +111,11 @@ def test_f1_by_the_rules_of_either_version(rules):
     said = {id_: say() for id_ in gold}
     if rules == squad_2:
         odds = {'null_odds': dict.fromkeys(gold, 0.0)}
-    counted = {id_: [answer for answer in answers if normalized(answer)] or [''] for id_, answers in gold.items()} if odds else gold
+    counted = (
+        {id_: [answer for answer in answers if normalized(answer)] or [''] for id_, answers in gold.items()}
+        if odds
+        else gold
+    )
     f1 = [max(rules(answer, said[id_]) for answer in counted[id_]) for id_ in gold]
     exact = [max(normalized(answer) == normalized(said[id_]) for answer in counted[id_]) for id_ in gold]
     found = scores.squad(gold, said, **odds)

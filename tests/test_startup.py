@@ -15,8 +15,20 @@ def test_the_second_start_compiles_nothing_again(store_path, tmp_path):
     cache, programs = tmp_path / 'cache', []
     for work in ('first', 'second'):
         env = {'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-        done = run_module('pretrain', '--config', 'configs/pretrain.py:tiny', f'--config.store={store_path}', '--workdir', tmp_path / work,
-                          *TINY, '--config.phases=((2,48,8),)', '--config.log_every=1', '--config.eval_examples=0', '--config.save_every=2', env=env)
+        done = run_module(
+            'pretrain',
+            '--config',
+            'configs/pretrain.py:tiny',
+            f'--config.store={store_path}',
+            '--workdir',
+            tmp_path / work,
+            *TINY,
+            '--config.phases=((2,48,8),)',
+            '--config.log_every=1',
+            '--config.eval_examples=0',
+            '--config.save_every=2',
+            env=env,
+        )
         assert done.returncode == 0, done.stderr
         (line,) = [one for one in done.stdout.splitlines() if one.startswith('first step after')]
         parts = dict(part.rsplit(' ', 1) for part in line.partition(': ')[2].split(', '))
@@ -31,8 +43,12 @@ def test_programs_are_kept_beside_the_users_other_caches():
     import subprocess
     import sys
 
-    env = {key: value for key, value in os.environ.items() if key != 'JAX_COMPILATION_CACHE_DIR'} | {'XDG_CACHE_HOME': '/cache'}
-    done = subprocess.run([sys.executable, '-c', code], env=env, text=True, capture_output=True, cwd=pathlib.Path(__file__).parent.parent)
+    env = {key: value for key, value in os.environ.items() if key != 'JAX_COMPILATION_CACHE_DIR'} | {
+        'XDG_CACHE_HOME': '/cache'
+    }
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=env, text=True, capture_output=True, cwd=pathlib.Path(__file__).parent.parent
+    )
     assert done.stdout.startswith('/cache/bert_jax/xla-'), done.stderr
 
 

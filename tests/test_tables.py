@@ -67,7 +67,10 @@ def classes(labels, given=(), dev=('a', 'b')):
 
 def test_labels_are_meant_not_spelled():
     assert classes(['pos', 'pos ', ' neg', 'neg'])[:2] == (['pos', 'pos', 'neg', 'neg'], ('neg', 'pos'))
-    assert "2 labels are taken for others that differ in blanks or in .0 alone: ' neg', 'pos '" in classes(['pos', 'pos ', ' neg', 'neg'])[2][0]
+    assert (
+        "2 labels are taken for others that differ in blanks or in .0 alone: ' neg', 'pos '"
+        in classes(['pos', 'pos ', ' neg', 'neg'])[2][0]
+    )
     assert classes(['1', '1.0', '2', 2.0, 1])[:2] == (['1', '1', '2', '2', '1'], ('1', '2'))
     assert classes(['1.0', '2.0'])[:2] == (['1.0', '2.0'], ('1.0', '2.0'))  # as they always were
     assert classes(['1', '1.0'], ('1', '1.0'))[0] == ['1', '1.0']             # who names both means both
@@ -75,10 +78,18 @@ def test_labels_are_meant_not_spelled():
     assert classes(['10', '9', 'b'])[1] == ('10', '9', 'b') and not classes(['10', '9'])[2]
 
 
-@pytest.mark.parametrize('labels, given, words', [
-    (['a', {'x': 1}], (), r'f.csv:1: the label \{"x": 1\} is neither a name'), (['a', [['b']]], (), 'f.csv:1: the label'),
-    (['a', 'b', ['b']], (), 'f.csv:2: a list is the label of a multilabel task'), (['a', 'b'], ('a', 'b', 'a'), "task.labels: 'a' stands twice"),
-    (['a', 'c'], ('a', 'b'), "f.csv:1: label 'c' is not in the label set"), (['a', 'b', ' '], (), 'f.csv:2: no label'), (['a', 'a'], (), '1 labels')])
+@pytest.mark.parametrize(
+    'labels, given, words',
+    [
+        (['a', {'x': 1}], (), r'f.csv:1: the label \{"x": 1\} is neither a name'),
+        (['a', [['b']]], (), 'f.csv:1: the label'),
+        (['a', 'b', ['b']], (), 'f.csv:2: a list is the label of a multilabel task'),
+        (['a', 'b'], ('a', 'b', 'a'), "task.labels: 'a' stands twice"),
+        (['a', 'c'], ('a', 'b'), "f.csv:1: label 'c' is not in the label set"),
+        (['a', 'b', ' '], (), 'f.csv:2: no label'),
+        (['a', 'a'], (), '1 labels'),
+    ],
+)
 def test_labels_that_mean_nothing_are_refused(labels, given, words):
     with pytest.raises(UserError, match=words):
         classes(labels, given)
@@ -89,7 +100,10 @@ def test_a_missing_label_is_no_class(value, tmp_path):
     file = write(tmp_path / 'a.jsonl', f'{{"text": "a", "label": "x"}}\n{{"text": "b", "label": {value}}}\n')
     with pytest.raises(UserError, match='a.jsonl:2: no label'):
         texts.read(file, 'text', '', 'label')
-    file = write(tmp_path / 'a.jsonl', ''.join(f'{{"context": "a", "choices": ["b", "c"], "label": {one}}}\n' for one in ('1.0', value)))
+    file = write(
+        tmp_path / 'a.jsonl',
+        ''.join(f'{{"context": "a", "choices": ["b", "c"], "label": {one}}}\n' for one in ('1.0', value)),
+    )
     with pytest.raises(UserError, match='a.jsonl:2: no label'):
         choices.read(file, 'plain')
 
@@ -104,11 +118,16 @@ def test_label_sets_are_meant_not_spelled():
     frame = pandas.DataFrame({'label': [['a', 'b c'], [], ['b c']]})
     written = list(csv.DictReader(io.StringIO(frame.to_csv())))  # pandas writes lists as text
     assert sets([row['label'] for row in written]) == ([('a', 'b c'), (), ('b c',)], ('a', 'b c'))
-    assert sets([str(np.array(['a', 'b'])), str(np.array(['b']))]) == ([('a', 'b'), ('b',)], ('a', 'b'))  # NumPy without commas
+    assert sets([str(np.array(['a', 'b'])), str(np.array(['b']))]) == (
+        [('a', 'b'), ('b',)],
+        ('a', 'b'),
+    )  # NumPy without commas
     assert sets([[0, 0, 1], [1, 0, 0], [0, 1, 1]], ('x', 'y', 'z')) == ([('z',), ('x',), ('y', 'z')], ('x', 'y', 'z'))
     assert sets([[2, 10], [2]]) == ([('10', '2'), ('2',)], ('2', '10'))
     for given in ((), ('x', 'y')):
-        with pytest.raises(UserError, match=r'f:0: the labels are lists of 3 0s and 1s, one for each name; --config.task.labels'):
+        with pytest.raises(
+            UserError, match=r'f:0: the labels are lists of 3 0s and 1s, one for each name; --config.task.labels'
+        ):
             sets([[0, 0, 1], [1, 0, 0]], given)
     with pytest.raises(UserError, match='f:1: the label .* looks like a list, but is none'):
         sets(['a', "['a', ]]"])
@@ -116,8 +135,19 @@ def test_label_sets_are_meant_not_spelled():
 
 def test_empty_texts_are_counted(tmp_path):
     file = write(tmp_path / 'a.csv', 'text,label\na,x\n,y\n" ",x\nb,y\n')
-    task = tasks.read('classification', {'train_file': file, 'dev_file': file, 'test_file': '', 'text_column': 'text', 'text_pair_column': '',
-                                         'label_column': 'label', 'labels': (), 'dev_share': 0.1})
+    task = tasks.read(
+        'classification',
+        {
+            'train_file': file,
+            'dev_file': file,
+            'test_file': '',
+            'text_column': 'text',
+            'text_pair_column': '',
+            'label_column': 'label',
+            'labels': (),
+            'dev_share': 0.1,
+        },
+    )
     assert task.notes == ('2 of 4 train, 2 of 4 dev texts are empty',)
 
 
@@ -132,24 +162,79 @@ def test_what_is_predicted_is_read_as_what_was_trained_on(tmp_path):
                           ('a.json', ''.join(json.dumps({'text': text}) + '\n' for text in want)),
                           ('a.txt', ''.join(json.dumps({'review': text, 'id': 1}) + '\n' for text in want))):
         rows, left_out = inputs.read(write(tmp_path / name, content), 'classification', settings)
-        assert [row.text for row in rows] == want and not left_out and rows[0].where.startswith(str(tmp_path / name)), name
+        assert [row.text for row in rows] == want and not left_out and rows[0].where.startswith(str(tmp_path / name)), (
+            name
+        )
     with pytest.raises(UserError, match="no column 'review'; there are: id, body"):
         inputs.read(write(tmp_path / 'b.csv', 'id,body\n1,x\n'), 'classification', settings)
 
 
-@pytest.mark.parametrize('kind, settings, name, content, get, want', [
-    ('classification', {'name': 'mrpc'}, 'a.tsv', 'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\ta b\tc\n', lambda r: (r.text, r.pair), [('a b', 'c')]),
-    ('classification', {'name': 'cola'}, 'a.tsv', 'index\tsentence\n0\ta b\n', lambda r: (r.text, r.pair), [('a b', None)]),
-    ('regression', {}, 'a.jsonl', '{"text": "a", "text_pair": "b"}\n', lambda r: (r.text, r.pair), [('a', 'b')]),
-    ('tagging', {'word_column': 'Word'}, 'a.csv', 'Sentence #,Word\n1,a\n,b\n2,c\n', lambda r: r.words, [('a', 'b'), ('c',)]),
-    ('tagging', {'word_column': ''}, 'a.tsv', 'a\tO\nb\tO\n\nc\tO\n', lambda r: r.words, [('a', 'b'), ('c',)]),
-    ('tagging', {}, 'a.conll', 'a x\nb y\n', lambda r: r.words, [('a', 'b')]), ('tagging', {}, 'a.txt', 'a b\n\nc\n', lambda r: r.words, [('a', 'b'), ('',), ('c',)]),
-    ('span', {'question_column': 'q'}, 'a.csv', 'q,passage\nwho?,"he, she"\n', lambda r: (r.text, r.passage, r.id), [('who?', 'he, she', '')]),
-    ('span', {}, 'a.json', json.dumps({'data': [{'paragraphs': [{'context': 'c', 'qas': [{'id': 'i', 'question': 'q'}]}]}]}),
-     lambda r: (r.text, r.passage, r.id), [('q', 'c', 'i')]),
-    ('choice', {'choice_columns': ('a', 'b'), 'format': 'plain'}, 'a.csv', 'context,a,b\nx,y,z\n', lambda r: (r.context, r.choices), [('x', ('y', 'z'))]),
-    ('choice', {}, 'a.jsonl', '{"context": "x", "choices": ["y", "z"]}\n', lambda r: (r.context, r.choices), [('x', ('y', 'z'))]),
-    ('fill_mask', {}, 'a.txt', 'a [MASK]\n\nb\n\n\n', lambda r: r.text, ['a [MASK]', '', 'b'])])
+@pytest.mark.parametrize(
+    'kind, settings, name, content, get, want',
+    [
+        (
+            'classification',
+            {'name': 'mrpc'},
+            'a.tsv',
+            'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\ta b\tc\n',
+            lambda r: (r.text, r.pair),
+            [('a b', 'c')],
+        ),
+        (
+            'classification',
+            {'name': 'cola'},
+            'a.tsv',
+            'index\tsentence\n0\ta b\n',
+            lambda r: (r.text, r.pair),
+            [('a b', None)],
+        ),
+        ('regression', {}, 'a.jsonl', '{"text": "a", "text_pair": "b"}\n', lambda r: (r.text, r.pair), [('a', 'b')]),
+        (
+            'tagging',
+            {'word_column': 'Word'},
+            'a.csv',
+            'Sentence #,Word\n1,a\n,b\n2,c\n',
+            lambda r: r.words,
+            [('a', 'b'), ('c',)],
+        ),
+        ('tagging', {'word_column': ''}, 'a.tsv', 'a\tO\nb\tO\n\nc\tO\n', lambda r: r.words, [('a', 'b'), ('c',)]),
+        ('tagging', {}, 'a.conll', 'a x\nb y\n', lambda r: r.words, [('a', 'b')]),
+        ('tagging', {}, 'a.txt', 'a b\n\nc\n', lambda r: r.words, [('a', 'b'), ('',), ('c',)]),
+        (
+            'span',
+            {'question_column': 'q'},
+            'a.csv',
+            'q,passage\nwho?,"he, she"\n',
+            lambda r: (r.text, r.passage, r.id),
+            [('who?', 'he, she', '')],
+        ),
+        (
+            'span',
+            {},
+            'a.json',
+            json.dumps({'data': [{'paragraphs': [{'context': 'c', 'qas': [{'id': 'i', 'question': 'q'}]}]}]}),
+            lambda r: (r.text, r.passage, r.id),
+            [('q', 'c', 'i')],
+        ),
+        (
+            'choice',
+            {'choice_columns': ('a', 'b'), 'format': 'plain'},
+            'a.csv',
+            'context,a,b\nx,y,z\n',
+            lambda r: (r.context, r.choices),
+            [('x', ('y', 'z'))],
+        ),
+        (
+            'choice',
+            {},
+            'a.jsonl',
+            '{"context": "x", "choices": ["y", "z"]}\n',
+            lambda r: (r.context, r.choices),
+            [('x', ('y', 'z'))],
+        ),
+        ('fill_mask', {}, 'a.txt', 'a [MASK]\n\nb\n\n\n', lambda r: r.text, ['a [MASK]', '', 'b']),
+    ],
+)
 def test_every_kind_reads_its_own_files(kind, settings, name, content, get, want, tmp_path):
     rows, _ = inputs.read(write(tmp_path / name, content), kind, settings)
     assert [get(row) for row in rows] == want
@@ -175,7 +260,9 @@ def test_predictions_stay_in_their_rows(model, tmp_path, capsys, monkeypatch):  
     assert said == ['w1', '', 'w2'] and '1 texts of standard input are empty' in err
     assert lines('--input', write(tmp_path / 'a.txt', 'w1\n\nw2 w3\n'))[0] == ['w1', '', 'w2 w3']
     assert lines('--input', write(tmp_path / 'a.csv', 'n,text\n1,"w1, w2"\n2,w3\n'))[0] == ['w1, w2', 'w3']
-    done = call_module('predict', '--workdir', tmp_path / 'w', '--input', write(tmp_path / 'b.csv', 'text\n"w1\nw2"\nw3\n'))
+    done = call_module(
+        'predict', '--workdir', tmp_path / 'w', '--input', write(tmp_path / 'b.csv', 'text\n"w1\nw2"\nw3\n')
+    )
     assert [line.split('\t')[-1] for line in done.stdout.splitlines()] == ['w1 w2', 'w3']
 
 

@@ -27,9 +27,15 @@ def test_entities_of_every_scheme_are_seqevals():
     assert len(tag_schemes.entities('www', ['S-PER'] * 3)) == 3
 
 
-@pytest.mark.parametrize('given, meant', [
-    (['U-PER', 'B-LOC', 'L-LOC', 'O'], ['S-PER', 'B-LOC', 'E-LOC', 'O']), (['B_PER', 'I_PER', 'O', 'B_X-Y'], ['B-PER', 'I-PER', 'O', 'B-X-Y']),
-    (['B-PER', 'M-PER', 'E-PER', 'S-PER'], ['B-PER', 'I-PER', 'E-PER', 'S-PER']), (['PER', 'PER', 'LOC', 'O'], ['B-PER', 'I-PER', 'B-LOC', 'O'])])
+@pytest.mark.parametrize(
+    'given, meant',
+    [
+        (['U-PER', 'B-LOC', 'L-LOC', 'O'], ['S-PER', 'B-LOC', 'E-LOC', 'O']),
+        (['B_PER', 'I_PER', 'O', 'B_X-Y'], ['B-PER', 'I-PER', 'O', 'B-X-Y']),
+        (['B-PER', 'M-PER', 'E-PER', 'S-PER'], ['B-PER', 'I-PER', 'E-PER', 'S-PER']),
+        (['PER', 'PER', 'LOC', 'O'], ['B-PER', 'I-PER', 'B-LOC', 'O']),
+    ],
+)
 def test_other_ways_to_write_tags(given, meant):
     assert spans(tag_schemes.entities('abcd', given)) == get_entities(meant)
 
@@ -53,12 +59,16 @@ def test_labels_without_a_prefix_beside_those_with_one():
     for sequence in itertools.product(labels, repeat=4):
         meant = ['-'.join(TokenClassificationPipeline.get_tag(None, tag)) if tag != 'O' else 'O' for tag in sequence]
         assert spans(tag_schemes.entities('wwww', sequence, labels)) == get_entities(meant), sequence
-    kinds = [entity['type'] for entity in tag_schemes.entities('abc', ['E_MAIL', 'PHONE', 'O'], ('O', 'E_MAIL', 'PHONE'))]
+    kinds = [
+        entity['type'] for entity in tag_schemes.entities('abc', ['E_MAIL', 'PHONE', 'O'], ('O', 'E_MAIL', 'PHONE'))
+    ]
     assert kinds == ['E_MAIL', 'PHONE']  # no scheme: a type that only looks like one
     assert spans(tag_schemes.entities('abc', ['B-PER', 'I-PER', 'X'], ('B-PER', 'I-PER', 'X'))) == [('PER', 0, 1)]
 
 
-@pytest.mark.parametrize('labels', [('NN', 'VB', 'S'), ('LABEL_0', 'LABEL_1', 'LABEL_2'), ('O', 'PER', 'B'), ('O',), ('B_PER', 'O', 'I_PER')])
+@pytest.mark.parametrize(
+    'labels', [('NN', 'VB', 'S'), ('LABEL_0', 'LABEL_1', 'LABEL_2'), ('O', 'PER', 'B'), ('O',), ('B_PER', 'O', 'I_PER')]
+)
 def test_any_label_set_is_decoded(labels):
     """Parts of speech, types without B- and I-, transformers' LABEL_0: tags and scores always."""
     rows = [tags.Sentence(tuple('abcd'), None, 0, ''), tags.Sentence(('e',), None, 0, '')]
@@ -70,8 +80,16 @@ def test_any_label_set_is_decoded(labels):
     assert bool(found[0]['entities']) == (labels in (('O', 'PER', 'B'), ('B_PER', 'O', 'I_PER')))
 
 
-WORDS = [('1', 'Anna', 'B-PER'), ('', 'sings', 'O'), ('', 'in', 'O'), ('', 'Rome', 'B-LOC'), ('2', 'Yes', 'O'), ('2', 'Anna', 'B-PER'),
-         ('2', 'Po', 'I-PER'), ('1', 'No', 'O')]
+WORDS = [
+    ('1', 'Anna', 'B-PER'),
+    ('', 'sings', 'O'),
+    ('', 'in', 'O'),
+    ('', 'Rome', 'B-LOC'),
+    ('2', 'Yes', 'O'),
+    ('2', 'Anna', 'B-PER'),
+    ('2', 'Po', 'I-PER'),
+    ('1', 'No', 'O'),
+]
 
 
 def word_a_row(path, column):
@@ -93,7 +111,9 @@ def test_a_word_a_row_is_read_by_the_column_of_its_sentence(column, given, tmp_p
 
 def test_a_word_a_row_without_such_a_column_is_refused(tmp_path):
     file = word_a_row(tmp_path / 'w.csv', 'n')
-    with pytest.raises(UserError, match=r'w.csv: a word a row.*--config.task.sentence_column names it \(there are: n, Tag\)'):
+    with pytest.raises(
+        UserError, match=r'w.csv: a word a row.*--config.task.sentence_column names it \(there are: n, Tag\)'
+    ):
         tags.read(file, 'Word', 'Tag', 'iob2')
     with pytest.raises(UserError, match="no column 'm'; there are: n, Word, Tag"):
         tags.read(file, 'Word', 'Tag', 'iob2', sentence_column='m')
@@ -101,9 +121,19 @@ def test_a_word_a_row_without_such_a_column_is_refused(tmp_path):
     bad.write_text('sentence,Word,Tag\n1,a,O\n1,b,I-X\n')
     with pytest.raises(UserError, match="bad.csv:3: 'I-X' is not IOB2 after 'O'"):
         tags.read(str(bad), 'Word', 'Tag', 'iob2')
-    settings = cli.load_config(str(ROOT / 'configs/finetune.py') + ':tagging', [
-        f'--config.task.{key}={value}' for key, value in (('train_file', file), ('word_column', 'Word'), ('tag_column', 'Tag'),
-                                                          ('sentence_column', 'n'), ('dev_file', file))]).task.to_dict()
+    settings = cli.load_config(
+        str(ROOT / 'configs/finetune.py') + ':tagging',
+        [
+            f'--config.task.{key}={value}'
+            for key, value in (
+                ('train_file', file),
+                ('word_column', 'Word'),
+                ('tag_column', 'Tag'),
+                ('sentence_column', 'n'),
+                ('dev_file', file),
+            )
+        ],
+    ).task.to_dict()
     assert len(tasks.read(settings.pop('name'), settings).splits['train']) == 3
 
 
@@ -125,7 +155,9 @@ def test_predict_reads_a_sentence_a_row_after_training_on_a_word_a_row(tmp_path)
 
 
 def seconds(sentences, words):
-    tokenizer = type('Words', (), {'cls_id': 0, 'sep_id': 1, 'unk_id': 2, 'pad_id': 0, 'encode': lambda self, word: [3]})()
+    tokenizer = type(
+        'Words', (), {'cls_id': 0, 'sep_id': 1, 'unk_id': 2, 'pad_id': 0, 'encode': lambda self, word: [3]}
+    )()
     rows = [tags.Sentence(('w',) * words, ('O',) * words, 0, 'f:1')] * sentences
     task = Task('tagging', {}, ('O', 'B-X'), settings={'document_context': sentences > 1})
     start = time.process_time()

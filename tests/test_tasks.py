@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import peers
 import pytest
-from conftest import call_module, expect_error
+from conftest import RNG, call_module, expect_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +20,6 @@ from bert_jax.cli import UserError
 from bert_jax.data import tokenizer
 from bert_jax.tasks import choices, glue, scores, spans, tag_schemes, tags, tasks, texts, tokenized
 from bert_jax.tasks.task import Task
-
-RNG = np.random.default_rng(0)
 
 
 def word(kind, i):
@@ -51,10 +49,21 @@ def make(name, folder, count=16):
     if name == 'classification':
         return both(table(folder / 'c.csv', ('text', 'label'), [(text(i % 3), 'abc'[i % 3]) for i in range(count)]))
     if name == 'multilabel':
-        return both(table(folder / 'm.tsv', ('text', 'label'), [(f'{text(i % 2)} {text(2 + i // 2 % 2)}', f'{"ab"[i % 2]}|{"cd"[i // 2 % 2]}')
-                                                               for i in range(count)]))
+        return both(
+            table(
+                folder / 'm.tsv',
+                ('text', 'label'),
+                [(f'{text(i % 2)} {text(2 + i // 2 % 2)}', f'{"ab"[i % 2]}|{"cd"[i // 2 % 2]}') for i in range(count)],
+            )
+        )
     if name == 'regression':
-        return both(table(folder / 'r.csv', ('text', 'label'), [(f'{word(i % 4, 0)} {word(i % 4, 1)}', i % 4 / 2) for i in range(count)]))
+        return both(
+            table(
+                folder / 'r.csv',
+                ('text', 'label'),
+                [(f'{word(i % 4, 0)} {word(i % 4, 1)}', i % 4 / 2) for i in range(count)],
+            )
+        )
     if name in ('tagging', 'conll2003'):
         lines = ['-DOCSTART- -X- O O', '']
         for i in range(count):
@@ -66,46 +75,78 @@ def make(name, folder, count=16):
             (folder / f'eng.{part}').write_text('\n'.join(lines).replace('B-PER', 'I-PER'))
         return {'folder': str(folder)}
     if name == 'span':
-        records = [{'question': text(0, 2), 'passage': f'{text(1)} {word(2, i)} {word(3, i)} {text(4)}', 'answer': f'{word(2, i)} {word(3, i)}'}
-                   for i in range(count)]
+        records = [
+            {
+                'question': text(0, 2),
+                'passage': f'{text(1)} {word(2, i)} {word(3, i)} {text(4)}',
+                'answer': f'{word(2, i)} {word(3, i)}',
+            }
+            for i in range(count)
+        ]
         return both(json_lines(folder / 's.jsonl', records))
     if name == 'choice':
-        records = [{'context': text(0), 'choices': [text(2) if j == i % 3 else text(1) for j in range(3 + i % 2)], 'label': i % 3}
-                   for i in range(count)]
+        records = [
+            {
+                'context': text(0),
+                'choices': [text(2) if j == i % 3 else text(1) for j in range(3 + i % 2)],
+                'label': i % 3,
+            }
+            for i in range(count)
+        ]
         return both(json_lines(folder / 'q.jsonl', records))
     layout = glue.LAYOUTS[name]
     label = lambda i: layout.labels[i % len(layout.labels)] if layout.labels else f'{i % 4}.000'  # noqa: E731
     for split, file in layout.files.items():
         test = split.startswith('test')
         names = [c for c in (layout.text, layout.pair, '' if test else layout.label) if c]
-        cells = lambda i: {layout.text: text(i % max(len(layout.labels), 4) if not layout.labels else i % len(layout.labels)),  # noqa: E731
-                           layout.pair: text(4), layout.label: label(i)}
+        cells = lambda i: {  # noqa: E731
+            layout.text: text(i % (len(layout.labels) or 4)), layout.pair: text(4), layout.label: label(i)}
         if name == 'cola' and not test:
             rows = [f'gj04\t{cells(i)["1"]}\t\t{cells(i)["3"]}' for i in range(count)]
         else:
             if name == 'cola':
                 names = ['sentence']
-            rows = ['\t'.join(['index', *names])] + ['\t'.join([str(i), *(cells(i).get(c, text(0)) for c in names)]) for i in range(count)]
+            rows = ['\t'.join(['index', *names])] + [
+                '\t'.join([str(i), *(cells(i).get(c, text(0)) for c in names)]) for i in range(count)
+            ]
         mark = '\ufeff' if name == 'mrpc' else ''
         (folder / file).write_text(mark + '\n'.join(rows) + '\n')
     return {'folder': str(folder)}
 
 
-SCORE = {'classification': ('dev/accuracy', 1), 'multilabel': ('dev/accuracy', 1), 'regression': ('dev/spearman', 0.97), 'tagging': ('dev/f1', 1),
-         'span': ('dev/exact', 100), 'choice': ('dev/accuracy', 1)}
+SCORE = {
+    'classification': ('dev/accuracy', 1),
+    'multilabel': ('dev/accuracy', 1),
+    'regression': ('dev/spearman', 0.97),
+    'tagging': ('dev/f1', 1),
+    'span': ('dev/exact', 100),
+    'choice': ('dev/accuracy', 1),
+}
 
 
 @pytest.fixture(scope='session')
 def model(tmp_path_factory):
     """A small BERT with random weights that knows the words w0 to w61."""
-    return peers.save(peers.model(hidden_size=64, num_attention_heads=2, intermediate_size=128, max_position_embeddings=64),
-                      tmp_path_factory.mktemp('model') / 'hf')
+    return peers.save(
+        peers.model(hidden_size=64, num_attention_heads=2, intermediate_size=128, max_position_embeddings=64),
+        tmp_path_factory.mktemp('model') / 'hf',
+    )
 
 
 def config(name, model, settings, *overrides):
-    c = cli.load_config(f'configs/finetune.py:{name}', [
-        f'--config.init_from={model}', '--config.max_length=32', '--config.num_lengths=1', '--config.batch_size=8', '--config.dropout_rate=0.0',
-        '--config.schedule.peak=2e-3', '--config.log_every=20', *(f'--config.{o}' for o in overrides)])
+    c = cli.load_config(
+        f'configs/finetune.py:{name}',
+        [
+            f'--config.init_from={model}',
+            '--config.max_length=32',
+            '--config.num_lengths=1',
+            '--config.batch_size=8',
+            '--config.dropout_rate=0.0',
+            '--config.schedule.peak=2e-3',
+            '--config.log_every=20',
+            *(f'--config.{o}' for o in overrides),
+        ],
+    )
     with c.unlocked():
         c.task.update(settings)
     return c
@@ -143,19 +184,32 @@ def test_sixteen_examples_are_learned_by_heart_and_predicted_again(name, model, 
     if name == 'multilabel':
         assert [tuple(f['labels']) for f in found] == [r.label for r in rows]
     if name == 'regression':
-        assert scores.regression(np.array([f['value'] for f in found]), np.array([r.label for r in rows]))['spearman'] >= value
+        assert (
+            scores.regression(np.array([f['value'] for f in found]), np.array([r.label for r in rows]))['spearman']
+            >= value
+        )
     if name == 'tagging':
         assert [tuple(f['tags']) for f in found] == [r.tags for r in rows]
         entity = found[3]['entities'][0]
-        assert (entity['type'], entity['begin'], entity['end']) == ('PER', 1, 3) and entity['text'] == ' '.join(rows[3].words[1:3])
-        assert (tmp_path / 'work' / 'predictions_dev.conll').read_text().splitlines()[1].split() == [rows[0].words[1], 'B-PER', 'B-PER']
+        assert (entity['type'], entity['begin'], entity['end']) == ('PER', 1, 3) and entity['text'] == ' '.join(
+            rows[3].words[1:3]
+        )
+        assert (tmp_path / 'work' / 'predictions_dev.conll').read_text().splitlines()[1].split() == [
+            rows[0].words[1],
+            'B-PER',
+            'B-PER',
+        ]
     if name == 'span':
         assert [f['text'] for f in found] == [r.answers[0][0] for r in rows]
         assert all(r.passage[f['begin']:f['end']] == f['text'] for r, f in zip(rows, found))
-        assert list(json.loads((tmp_path / 'work' / 'predictions.json').read_text()).values()) == [f['text'] for f in found]
+        assert list(json.loads((tmp_path / 'work' / 'predictions.json').read_text()).values()) == [
+            f['text'] for f in found
+        ]
     if name == 'choice':
         assert [f['choice'] for f in found] == [r.label for r in rows] and {len(f['scores']) for f in found} == {3, 4}
-        assert all(sum(f['scores']) == pytest.approx(1, abs=1e-4) for f in found)  # rows that fill a question take nothing
+        assert all(
+            sum(f['scores']) == pytest.approx(1, abs=1e-4) for f in found
+        )  # rows that fill a question take nothing
 
 
 @pytest.mark.parametrize('name', [*glue.LAYOUTS, 'conll2003'])
@@ -173,7 +227,11 @@ def test_the_contract_of_every_task(name, tmp_path, model):
         if task.kind == 'tagging':
             outputs = {'logits': [RNG.normal(size=(int(n), len(task.labels))) for n in data.longest]}
         else:
-            outputs = {'logits': RNG.normal(size=len(rows)) if task.kind == 'regression' else RNG.normal(size=(len(rows), len(task.labels)))}
+            outputs = {
+                'logits': RNG.normal(size=len(rows))
+                if task.kind == 'regression'
+                else RNG.normal(size=(len(rows), len(task.labels)))
+            }
         found = kind.module.decode(task, rows, data, outputs)
         assert len(found) == len(rows) and kind.module.files(task, split, rows, found)
         if kind.module.labelled(rows):
@@ -181,25 +239,60 @@ def test_the_contract_of_every_task(name, tmp_path, model):
         if split in task.submission:
             file, content = glue.submission(task, split, found)
             lines = [line.split('\t') for line in content.splitlines()]
-            assert lines[0] == ['index', 'prediction'] and [index for index, _ in lines[1:]] == [str(i) for i in range(len(rows))]
-            assert file == SUBMITTED[name][split] and {said for _, said in lines[1:]} <= ({*SAID.get(name, '01')} if name != 'stsb' else {
-                f'{number / 1000:.3f}' for number in range(5001)})
+            assert lines[0] == ['index', 'prediction'] and [index for index, _ in lines[1:]] == [
+                str(i) for i in range(len(rows))
+            ]
+            assert file == SUBMITTED[name][split] and {said for _, said in lines[1:]} <= (
+                {*SAID.get(name, '01')} if name != 'stsb' else {f'{number / 1000:.3f}' for number in range(5001)}
+            )
 
 
-SUBMITTED = {name: {'test': f'{file}.tsv'} for name, file in {
-    'cola': 'CoLA', 'sst2': 'SST-2', 'mrpc': 'MRPC', 'stsb': 'STS-B', 'qqp': 'QQP', 'qnli': 'QNLI', 'rte': 'RTE', 'wnli': 'WNLI'}.items()} | {
-        'mnli': {'test': 'MNLI-m.tsv', 'test_mismatched': 'MNLI-mm.tsv', 'test_diagnostic': 'AX.tsv'}}  # what GLUE's server takes
-SAID = {'mnli': ('entailment', 'neutral', 'contradiction'), **dict.fromkeys(('qnli', 'rte'), ('entailment', 'not_entailment'))}
+SUBMITTED = {
+    name: {'test': f'{file}.tsv'}
+    for name, file in {
+        'cola': 'CoLA',
+        'sst2': 'SST-2',
+        'mrpc': 'MRPC',
+        'stsb': 'STS-B',
+        'qqp': 'QQP',
+        'qnli': 'QNLI',
+        'rte': 'RTE',
+        'wnli': 'WNLI',
+    }.items()
+} | {
+    'mnli': {'test': 'MNLI-m.tsv', 'test_mismatched': 'MNLI-mm.tsv', 'test_diagnostic': 'AX.tsv'}
+}  # what GLUE's server takes
+SAID = {
+    'mnli': ('entailment', 'neutral', 'contradiction'),
+    **dict.fromkeys(('qnli', 'rte'), ('entailment', 'not_entailment')),
+}
 
 
 def published(name, folder, count=16):
     """The same in the published format of a task that is read as span or choice."""
     if name == 'swag':
-        rows = [(str(i), text(0), 'w1', *(text(2) if j == i % 4 else text(1) for j in range(4)), i % 4) for i in range(count)]
+        rows = [
+            (str(i), text(0), 'w1', *(text(2) if j == i % 4 else text(1) for j in range(4)), i % 4)
+            for i in range(count)
+        ]
         return table(folder / 'swag.csv', ('', 'sent1', 'sent2', *(f'ending{j}' for j in range(4)), 'label'), rows)
     if name == 'commonsenseqa':
-        return json_lines(folder / 'qa.jsonl', [{'answerKey': 'ABCDE'[i % 5], 'question': {'stem': text(0), 'choices': [
-            {'label': letter, 'text': text(2) if 'ABCDE'[i % 5] == letter else text(1)} for letter in 'ABCDE']}} for i in range(count)])
+        return json_lines(
+            folder / 'qa.jsonl',
+            [
+                {
+                    'answerKey': 'ABCDE'[i % 5],
+                    'question': {
+                        'stem': text(0),
+                        'choices': [
+                            {'label': letter, 'text': text(2) if 'ABCDE'[i % 5] == letter else text(1)}
+                            for letter in 'ABCDE'
+                        ],
+                    },
+                }
+                for i in range(count)
+            ],
+        )
     passages = [f'{text(1)} {word(2, i)} {word(3, i)} {text(4)}' for i in range(count)]
     answers = [f'{word(2, i)} {word(3, i)}' for i in range(count)]
     without = [name == 'squad2' and i % 3 == 0 for i in range(count)]
@@ -211,19 +304,34 @@ def published(name, folder, count=16):
     return folder / 'squad.json'
 
 
-@pytest.mark.parametrize('name, score, value', [('squad1', 'dev/exact', 100), ('squad2', 'dev/exact', 100), ('swag', 'dev/accuracy', 1),
-                                                ('commonsenseqa', 'dev/accuracy', 1)])
+@pytest.mark.parametrize(
+    'name, score, value',
+    [
+        ('squad1', 'dev/exact', 100),
+        ('squad2', 'dev/exact', 100),
+        ('swag', 'dev/accuracy', 1),
+        ('commonsenseqa', 'dev/accuracy', 1),
+    ],
+)
 def test_published_formats_from_end_to_end(name, score, value, model, often, tmp_path):
     file = str(published(name, tmp_path))
     c = config(name, model, {'train_file': file, 'dev_file': file, 'test_file': file}, 'epochs=4.0')
     results = finetune.finetune(c, str(tmp_path / 'work'))
     assert results[score] == value == results[score.replace('dev', 'test')], results
     if name == 'squad2':
-        odds, said = (json.loads((tmp_path / 'work' / f'{kind}.json').read_text()) for kind in ('null_odds', 'predictions'))
+        odds, said = (
+            json.loads((tmp_path / 'work' / f'{kind}.json').read_text()) for kind in ('null_odds', 'predictions')
+        )
         none = {f'q{i}' for i in range(0, 16, 3)}
-        assert {key for key, answer in said.items() if not answer} == none == {key for key, odd in odds.items() if odd > results['dev/null_threshold']}
+        assert (
+            {key for key, answer in said.items() if not answer}
+            == none
+            == {key for key, odd in odds.items() if odd > results['dev/null_threshold']}
+        )
         rows = spans.read(file)
-        assert [found['text'] for found in bert_jax.load(str(tmp_path / 'work'))([(row.text, row.passage) for row in rows])] == list(said.values())
+        assert [
+            found['text'] for found in bert_jax.load(str(tmp_path / 'work'))([(row.text, row.passage) for row in rows])
+        ] == list(said.values())
 
 
 def test_one_tasks_weights_under_anothers_head(model, tmp_path):
@@ -252,8 +360,12 @@ def test_every_task_has_a_config_and_mnli_two_dev_sets(tmp_path, model):
 def test_glues_odd_files(tmp_path):
     """Quotes that are not quotes, a byte-order mark, CoLA without a header, QQP's broken rows."""
     make('mrpc', tmp_path)
-    (tmp_path / 'train.tsv').write_text('\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tHe said "a\tHe said\n0\t3\t4\tx\ty\n')
-    assert glue.read('mrpc', str(tmp_path)).splits['train'][0] == texts.Row('He said "a', 'He said', '1', f'{tmp_path}/train.tsv:2')
+    (tmp_path / 'train.tsv').write_text(
+        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tHe said "a\tHe said\n0\t3\t4\tx\ty\n'
+    )
+    assert glue.read('mrpc', str(tmp_path)).splits['train'][0] == texts.Row(
+        'He said "a', 'He said', '1', f'{tmp_path}/train.tsv:2'
+    )
     (tmp_path / 'train.tsv').write_text('gj04\t1\t\tFine.\ngj04\t0\t*\tNot fine "this.\n')
     (tmp_path / 'dev.tsv').write_text('gj04\t1\t\tFine.\n')
     (tmp_path / 'test.tsv').write_text('index\tsentence\n0\tWho knows?\n')
@@ -265,7 +377,12 @@ def test_glues_odd_files(tmp_path):
     (tmp_path / 'dev.tsv').write_text(header + '0\t1\t2\ta\tb\t1\n')
     (tmp_path / 'test.tsv').unlink()
     qqp = glue.read('qqp', str(tmp_path))
-    assert 'test' not in qqp.splits and len(qqp.splits['train']) == 2 and '1 rows' in qqp.notes[0] and 'train.tsv:3' in qqp.notes[0]
+    assert (
+        'test' not in qqp.splits
+        and len(qqp.splits['train']) == 2
+        and '1 rows' in qqp.notes[0]
+        and 'train.tsv:3' in qqp.notes[0]
+    )
     (tmp_path / 'dev.tsv').write_text(header)
     with pytest.raises(UserError, match='dev.tsv: no rows'):
         glue.read('qqp', str(tmp_path))
@@ -293,7 +410,10 @@ def test_mnli_from_tfds_brings_the_diagnostic_set_if_it_can(monkeypatch):
         asked.append((name, split))
         if name == 'glue/ax' and len(asked) < 7:
             raise UserError('tfds:glue/ax, test: no network')
-        yield {'premise': b'p', 'hypothesis': b'h', 'idx': np.int32(0), 'label': np.int64(0)}, ['entailment', 'neutral', 'contradiction']
+        yield (
+            {'premise': b'p', 'hypothesis': b'h', 'idx': np.int32(0), 'label': np.int64(0)},
+            ['entailment', 'neutral', 'contradiction'],
+        )
 
     monkeypatch.setattr(glue.corpora, 'tfds_records', records)
     task = glue.read('mnli', 'tfds:glue/mnli')
@@ -305,27 +425,51 @@ def test_mnli_from_tfds_brings_the_diagnostic_set_if_it_can(monkeypatch):
 
 
 def test_glue_from_tfds_comes_in_glues_order_under_glues_names(monkeypatch):
-    records = [{'premise': b'p%d' % i, 'hypothesis': b'h', 'idx': np.int32(i), 'label': np.int64(i % 3)} for i in (2, 0, 1)]
-    monkeypatch.setattr(glue.corpora, 'tfds_records', lambda name, split: [(r, ['entailment', 'neutral', 'contradiction']) for r in records])
+    records = [
+        {'premise': b'p%d' % i, 'hypothesis': b'h', 'idx': np.int32(i), 'label': np.int64(i % 3)} for i in (2, 0, 1)
+    ]
+    monkeypatch.setattr(
+        glue.corpora,
+        'tfds_records',
+        lambda name, split: [(r, ['entailment', 'neutral', 'contradiction']) for r in records],
+    )
     rows = glue.read('mnli', 'tfds:glue/mnli').splits['dev_mismatched']
     assert [(row.text, row.label) for row in rows] == [('p0', 'entailment'), ('p1', 'neutral'), ('p2', 'contradiction')]
 
 
-@pytest.mark.parametrize('scheme, given_tags', [
-    ('iob1', 'O I-PER I-PER B-PER I-LOC O I-LOC'), ('iob2', 'O B-PER I-PER B-PER B-LOC O B-LOC'), ('iobes', 'O B-PER E-PER S-PER S-LOC O S-LOC')])
+@pytest.mark.parametrize(
+    'scheme, given_tags',
+    [
+        ('iob1', 'O I-PER I-PER B-PER I-LOC O I-LOC'),
+        ('iob2', 'O B-PER I-PER B-PER B-LOC O B-LOC'),
+        ('iobes', 'O B-PER E-PER S-PER S-LOC O S-LOC'),
+    ],
+)
 def test_every_scheme_becomes_iob2(scheme, given_tags, tmp_path):
     (tmp_path / 'a').write_text('\n'.join(f'w{i}\t{tag}' for i, tag in enumerate(given_tags.split())) + '\n\nx O\n')
     sentences = tags.read(str(tmp_path / 'a'), '', '', scheme, labelled=True)
     assert sentences[0].tags == ('O', 'B-PER', 'I-PER', 'B-PER', 'B-LOC', 'O', 'B-LOC') and len(sentences) == 2
     entities = tag_schemes.entities(sentences[0].words, sentences[0].tags)
-    assert [(e['type'], e['begin'], e['end']) for e in entities] == [('PER', 1, 3), ('PER', 3, 4), ('LOC', 4, 5), ('LOC', 6, 7)]
+    assert [(e['type'], e['begin'], e['end']) for e in entities] == [
+        ('PER', 1, 3),
+        ('PER', 3, 4),
+        ('LOC', 4, 5),
+        ('LOC', 6, 7),
+    ]
 
 
 def test_no_word_is_ever_dropped_or_tagged_twice(model):
     """Sentences longer than the window, words of many pieces, with and without the document around."""
     tok = tokenizer.load(model)
-    rows = [tags.Sentence(tuple(f'{word(i % 4, j)}' if j % 5 else 'w1-w2-w3' for j in range(n)), tuple('O' if j % 3 else 'B-X' for j in range(n)), d, '')
-            for i, (n, d) in enumerate([(3, 0), (90, 0), (1, 1), (14, 1), (40, 1), (2, 2)])]
+    rows = [
+        tags.Sentence(
+            tuple(f'{word(i % 4, j)}' if j % 5 else 'w1-w2-w3' for j in range(n)),
+            tuple('O' if j % 3 else 'B-X' for j in range(n)),
+            d,
+            '',
+        )
+        for i, (n, d) in enumerate([(3, 0), (90, 0), (1, 1), (14, 1), (40, 1), (2, 2)])
+    ]
     sizes = {}
     for context in (False, True):
         task = Task('tagging', {}, ('O', 'B-X', 'I-X'), settings={'document_context': context})
@@ -334,7 +478,9 @@ def test_no_word_is_ever_dropped_or_tagged_twice(model):
         which = data.token_labels['words']
         assert sorted(which[which >= 0]) == list(range(sum(len(r.words) for r in rows)))
         assert ((data.token_labels['label_ids'] >= 0) == (which >= 0)).all()
-        truth = [np.eye(3)[np.maximum(data.token_labels['label_ids'][a:b], 0)] for a, b in zip(data.starts, data.starts[1:])]
+        truth = [
+            np.eye(3)[np.maximum(data.token_labels['label_ids'][a:b], 0)] for a, b in zip(data.starts, data.starts[1:])
+        ]
         found = tags.decode(task, rows, data, {'logits': truth})
         assert [tuple(f['tags']) for f in found] == [r.tags for r in rows]
         sizes[context] = np.diff(data.starts)[data.owners == 2]
@@ -356,11 +502,28 @@ def question(passage, *answers, id='q'):
     return spans.Question(id, 'w1 w2?', passage, answers, True, 'here')
 
 
-SETTINGS = {'null_answers': False, 'stride': 5, 'max_query_length': 8, 'max_answer_length': 6, 'n_best': 20, 'null_threshold': None}
+SETTINGS = {
+    'null_answers': False,
+    'stride': 5,
+    'max_query_length': 8,
+    'max_answer_length': 6,
+    'n_best': 20,
+    'null_threshold': None,
+}
 
 
-@pytest.mark.parametrize('passage, answer', [
-    ('w1 w2 w3', 'w3'), ('a “w5”, w6', 'w5'), ('w1 w2  w3\nw4', 'w2  w3'), ('x y 5', '5'), ('é w1 한국 w2', '한국'), ('👩🏽‍🚀 w9.', 'w9'), ('cafe\u0301 w1', 'cafe\u0301')])
+@pytest.mark.parametrize(
+    'passage, answer',
+    [
+        ('w1 w2 w3', 'w3'),
+        ('a “w5”, w6', 'w5'),
+        ('w1 w2  w3\nw4', 'w2  w3'),
+        ('x y 5', '5'),
+        ('é w1 한국 w2', '한국'),
+        ('👩🏽‍🚀 w9.', 'w9'),
+        ('cafe\u0301 w1', 'cafe\u0301'),
+    ],
+)
 def test_an_answer_is_cut_from_the_passage_as_it_stands(model, passage, answer):
     tok = tokenizer.load(model)
     _, offsets = tok.encode_with_offsets(passage)
@@ -375,30 +538,55 @@ def test_an_answer_that_cuts_a_word_moves_to_the_nearest_whole_one(model):
     _, offsets = tok.encode_with_offsets(passage)
     first, last = spans.token_span(question(passage, ('w1', 0)), spans.Bounds(offsets))
     assert (first, last) == (2, 2)
-    assert spans.token_span(question(passage, ('w', 0), ('w3', 11)), spans.Bounds(offsets)) == (3, 3)  # another of its answers is whole
+    assert spans.token_span(question(passage, ('w', 0), ('w3', 11)), spans.Bounds(offsets)) == (
+        3,
+        3,
+    )  # another of its answers is whole
     far = question('w11 w2 w3 w4 w5 w6 w1', ('w1', 0), ('w11', 0))
-    assert spans.token_span(far, spans.Bounds(tok.encode_with_offsets(far.passage)[1])) == (0, 0)  # there, before the first's text far away
-    assert spans.token_span(question(passage, ('11 w22', 1)), spans.Bounds(offsets)) == (0, 1)  # none is: what it touches
+    assert spans.token_span(far, spans.Bounds(tok.encode_with_offsets(far.passage)[1])) == (
+        0,
+        0,
+    )  # there, before the first's text far away
+    assert spans.token_span(question(passage, ('11 w22', 1)), spans.Bounds(offsets)) == (
+        0,
+        1,
+    )  # none is: what it touches
 
 
 def test_the_best_span_over_windows_equals_brute_force(model):
     tok = tokenizer.load(model)
     task = Task('span', {}, settings=SETTINGS)
-    rows = [question(' '.join(word(int(k), j) for j, k in enumerate(RNG.integers(0, 6, n))), id=str(n)) for n in (3, 17, 40)]
+    rows = [
+        question(' '.join(word(int(k), j) for j, k in enumerate(RNG.integers(0, 6, n))), id=str(n)) for n in (3, 17, 40)
+    ]
     data = spans.encode(task, rows, tok, 20, (20,))
-    outputs = {name: [RNG.normal(size=n).astype(np.float32) for n in data.longest] for name in ('start_logits', 'end_logits')}
+    outputs = {
+        name: [RNG.normal(size=n).astype(np.float32) for n in data.longest] for name in ('start_logits', 'end_logits')
+    }
     found = spans.decode(task, rows, data, outputs)
     for number, (row, answer) in enumerate(zip(rows, found)):
         best = (-np.inf, 0, 0)
         for w in np.flatnonzero(data.owners == number):
             part = slice(data.starts[w], data.starts[w + 1])
-            begins, ends, widest = (data.token_labels[k][part] for k in ('offset_begins', 'offset_ends', 'best_context'))
+            begins, ends, widest = (
+                data.token_labels[k][part] for k in ('offset_begins', 'offset_ends', 'best_context')
+            )
             for s in range(len(begins)):
                 for e in range(s, min(s + 6, len(begins))):
                     if begins[s] >= 0 and begins[e] >= 0 and widest[s]:
-                        best = max(best, (float(outputs['start_logits'][w][s] + outputs['end_logits'][w][e]), int(begins[s]), int(ends[e])))
+                        best = max(
+                            best,
+                            (
+                                float(outputs['start_logits'][w][s] + outputs['end_logits'][w][e]),
+                                int(begins[s]),
+                                int(ends[e]),
+                            ),
+                        )
         assert (answer['begin'], answer['end']) == best[1:] and answer['text'] == row.passage[best[1]:best[2]]
-        null = min(float(outputs['start_logits'][w][0] + outputs['end_logits'][w][0]) for w in np.flatnonzero(data.owners == number))
+        null = min(
+            float(outputs['start_logits'][w][0] + outputs['end_logits'][w][0])
+            for w in np.flatnonzero(data.owners == number)
+        )
         assert answer['null_odds'] == pytest.approx(null - best[0], abs=1e-5)
         assert sum(one['probability'] for one in answer['nbest']) == pytest.approx(1, abs=1e-4)
 
@@ -407,16 +595,28 @@ def test_a_passage_without_tokens_has_no_answer_and_finite_odds(model):
     task = Task('span', {}, settings=SETTINGS | {'null_answers': True})
     rows = [question(' ', id='a')]
     data = spans.encode(task, rows, tokenizer.load(model), 20, (20,))
-    (found,) = spans.decode(task, rows, data, {name: [np.ones(n, np.float32) for n in data.longest] for name in ('start_logits', 'end_logits')})
+    (found,) = spans.decode(
+        task,
+        rows,
+        data,
+        {name: [np.ones(n, np.float32) for n in data.longest] for name in ('start_logits', 'end_logits')},
+    )
     assert found['text'] == '' and np.isfinite(found['null_odds']) and found['nbest'] == []
 
 
 def test_no_answer_is_said_above_the_threshold_that_is_best_on_dev():
     task = Task('span', {}, settings=SETTINGS | {'null_answers': True})
-    rows = [question('w1', ('w1', 0), id='a'), question('w2', ('w2', 0), id='b'), question('w3', id='c'), question('w4', id='d')]
+    rows = [
+        question('w1', ('w1', 0), id='a'),
+        question('w2', ('w2', 0), id='b'),
+        question('w3', id='c'),
+        question('w4', id='d'),
+    ]
     found = [{'null_odds': odds, 'nbest': [{'text': row.passage}]} for row, odds in zip(rows, (-1.0, 0.5, 2.0, 3.0))]
     result = spans.score(task, rows, {}, found)
-    assert result['null_threshold'] == 1.25 and result['f1'] == 100 == result['best_f1']  # between it and the next above
+    assert (
+        result['null_threshold'] == 1.25 and result['f1'] == 100 == result['best_f1']
+    )  # between it and the next above
     assert result['best_f1_threshold'] == 0.5
     rows = [question('w3', id='c'), question('w4', id='d')]
     result = spans.score(task, rows, {}, found[:2])
@@ -451,7 +651,9 @@ def test_columns_end_at_spaces_and_tabs_alone(tmp_path):
 def test_windows_that_do_not_overlap_are_said(model):
     row = question(' '.join(f'w{i}' for i in range(1, 41)), ('w3', 6))
     for stride, said in ((5, 0), (64, 1)):
-        data = spans.encode(Task('span', {}, settings=SETTINGS | {'stride': stride}), [row], tokenizer.load(model), 24, (24,))
+        data = spans.encode(
+            Task('span', {}, settings=SETTINGS | {'stride': stride}), [row], tokenizer.load(model), 24, (24,)
+        )
         assert len([note for note in data.notes if 'do not overlap' in note]) == said
 
 
@@ -467,9 +669,21 @@ def test_documents_begin_at_docstart_and_context_stays_within_them(tmp_path, mod
 
 def test_long_texts_and_sets_of_labels(tmp_path):
     (tmp_path / 'a.csv').write_text(f'text,label\n{"w " * 100_000},"b ,a"\nw,"a,b"\nw,the c\n')
-    task = tasks.TASKS['multilabel'](train_file=str(tmp_path / 'a.csv'), dev_file=str(tmp_path / 'a.csv'), test_file='', text_column='text',
-                                     text_pair_column='', label_column='label', labels=(), dev_share=0.1)
-    assert [row.label for row in task.splits['train']] == [('a', 'b'), ('a', 'b'), ('the c',)]  # with commas, names may have spaces
+    task = tasks.TASKS['multilabel'](
+        train_file=str(tmp_path / 'a.csv'),
+        dev_file=str(tmp_path / 'a.csv'),
+        test_file='',
+        text_column='text',
+        text_pair_column='',
+        label_column='label',
+        labels=(),
+        dev_share=0.1,
+    )
+    assert [row.label for row in task.splits['train']] == [
+        ('a', 'b'),
+        ('a', 'b'),
+        ('the c',),
+    ]  # with commas, names may have spaces
     assert len(task.splits['train'][0].text) == 200_000
 
 
@@ -482,7 +696,11 @@ def test_static_lengths_are_the_best_ones(sizes, count):
     cost = lambda lengths: sum(next(length for length in lengths if length >= min(size, 128)) for size in sizes)  # noqa: E731
     top = -(-min(max(sizes), 128) // 8) * 8  # the last length must hold the longest row; every choice of the others
     others = itertools.combinations(range(8, top, 8), min(count, 3) - 1)
-    best = min(cost((*lengths, top)) for lengths in others) if top > 8 * (min(count, 3) - 1) else cost((*range(8, top, 8), top))
+    best = (
+        min(cost((*lengths, top)) for lengths in others)
+        if top > 8 * (min(count, 3) - 1)
+        else cost((*range(8, top, 8), top))
+    )
     assert cost(tokenized.choose_lengths(np.array(sizes), 128, min(count, 3))) == best >= cost(chosen)
 
 
@@ -492,12 +710,16 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
     results = finetune.finetune(config('classification', model, settings, *overrides), str(tmp_path / 'work'))
     summary = json.loads((tmp_path / 'work' / 'sweep.json').read_text())
     runs = summary['runs']
-    assert len(runs) == 8 and set(runs) == {f'batch{b}-lr{lr}-epochs2-seed{s}' for b in (4, 8) for lr in ('1e-05', '0.002') for s in (0, 1)}
+    assert len(runs) == 8 and set(runs) == {
+        f'batch{b}-lr{lr}-epochs2-seed{s}' for b in (4, 8) for lr in ('1e-05', '0.002') for s in (0, 1)
+    }
     values = [run['dev/accuracy'] for run in runs.values()]
     for group, found in summary['groups'].items():  # what differs by the seed alone
         assert found['runs'] == [f'{group}-seed{s}' for s in (0, 1)]
         pair = [runs[run]['dev/accuracy'] for run in found['runs']]
-        assert found['mean'] == pytest.approx(np.mean(pair)) and found['standard_deviation'] == pytest.approx(np.std(pair, ddof=1))
+        assert found['mean'] == pytest.approx(np.mean(pair)) and found['standard_deviation'] == pytest.approx(
+            np.std(pair, ddof=1)
+        )
         assert runs[found['best']]['dev/accuracy'] == max(pair)
     assert len(summary['groups']) == 4 and len({found['mean'] for found in summary['groups'].values()}) > 1
     assert results['dev/accuracy'] == max(values) == runs[summary['chosen']]['dev/accuracy']
@@ -519,11 +741,17 @@ def test_a_sweep_runs_every_run_once_and_chooses_by_dev(model, tmp_path, capfd):
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / 'work' / 'runs').rglob('run.json')}
     assert sum(before[p] != after[p] for p in before) == 1
     changed = table(tmp_path / 'changed.csv', ('text', 'label'), [('w1', 'a'), ('w11', 'b'), ('w21', 'c')])
-    with pytest.raises(UserError, match='batch4-lr1e-05-epochs2-seed0 holds a run on other data; what differs: data.dev'):
-        finetune.finetune(config('classification', model, settings | {'dev_file': str(changed)}, *overrides), str(tmp_path / 'work'))
+    with pytest.raises(
+        UserError, match='batch4-lr1e-05-epochs2-seed0 holds a run on other data; what differs: data.dev'
+    ):
+        finetune.finetune(
+            config('classification', model, settings | {'dev_file': str(changed)}, *overrides), str(tmp_path / 'work')
+        )
     assert json.loads((tmp_path / 'work' / 'sweep.json').read_text())['runs'] == runs
     with pytest.raises(UserError, match='dropout_rate'):
-        finetune.finetune(config('classification', model, settings, *overrides, 'dropout_rate=0.2'), str(tmp_path / 'work'))
+        finetune.finetune(
+            config('classification', model, settings, *overrides, 'dropout_rate=0.2'), str(tmp_path / 'work')
+        )
 
 
 def test_a_sweep_compiles_each_shape_once_and_takes_several_checkpoints(model, tmp_path, monkeypatch):
@@ -535,18 +763,34 @@ def test_a_sweep_compiles_each_shape_once_and_takes_several_checkpoints(model, t
             jobs.append(self)
 
     monkeypatch.setattr(finetune, 'Job', Watched)
-    other = peers.save(peers.model(hidden_size=64, num_attention_heads=2, intermediate_size=128, max_position_embeddings=64, seed=1),
-                       tmp_path / 'other')
+    other = peers.save(
+        peers.model(hidden_size=64, num_attention_heads=2, intermediate_size=128, max_position_embeddings=64, seed=1),
+        tmp_path / 'other',
+    )
     rows = [(text(i % 3, 3 + i % 25), 'abc'[i % 3]) for i in range(24)]
     file = str(table(tmp_path / 'c.csv', ('text', 'label'), rows))
-    c = config('classification', model, {'train_file': file, 'dev_file': file}, 'sweep=paper', 'seeds=2', 'grid.batch_size=(4, 8)',
-               'grid.peak=(1e-5, 2e-3)', 'grid.epochs=(1,)', 'num_lengths=2', f'init_from={model},{other}')
+    c = config(
+        'classification',
+        model,
+        {'train_file': file, 'dev_file': file},
+        'sweep=paper',
+        'seeds=2',
+        'grid.batch_size=(4, 8)',
+        'grid.peak=(1e-5, 2e-3)',
+        'grid.epochs=(1,)',
+        'num_lengths=2',
+        f'init_from={model},{other}',
+    )
     finetune.finetune(c, str(tmp_path / 'work'))
     summary = json.loads((tmp_path / 'work' / 'sweep.json').read_text())
     assert len(summary['runs']) == 16 and len(jobs) == 2  # one a checkpoint, for eight runs each
     for job in jobs:
-        shapes = {job.data(size)['train'].batch(step, size, seed)['input_ids'].shape for size in (4, 8) for seed in (0, 1)
-                  for step in range(job.data(size)['train'].steps(size))}
+        shapes = {
+            job.data(size)['train'].batch(step, size, seed)['input_ids'].shape
+            for size in (4, 8)
+            for seed in (0, 1)
+            for step in range(job.data(size)['train'].steps(size))
+        }
         assert job.run.step._cache_size() == len(shapes) >= 2
     assert {run[:2] for run in summary['runs']} == {'1-', '2-'}
     with (tmp_path / 'work' / 'sweep.tsv').open() as lines:
@@ -555,14 +799,27 @@ def test_a_sweep_compiles_each_shape_once_and_takes_several_checkpoints(model, t
     for which, run in zip('12', summary['chosen_of'].values()):
         assert summary['runs'][run]['dev/accuracy'] == max(
             found['dev/accuracy'] for name, found in summary['runs'].items() if name[0] == which == run[0])
-    best = {which: max(found['dev/accuracy'] for run, found in summary['runs'].items() if run.startswith(which)) for which in ('1-', '2-')}
+    best = {
+        which: max(found['dev/accuracy'] for run, found in summary['runs'].items() if run.startswith(which))
+        for which in ('1-', '2-')
+    }
     assert summary['runs'][summary['chosen']]['dev/accuracy'] == max(best.values())
 
 
 def test_a_grid_of_one_is_that_one(model, tmp_path):
     settings = make('classification', tmp_path)
-    finetune.finetune(config('classification', model, settings, 'sweep=paper', 'grid.batch_size=(4,)', 'grid.peak=(3e-5,)', 'grid.epochs=(1,)'),
-                      str(tmp_path / 'work'))
+    finetune.finetune(
+        config(
+            'classification',
+            model,
+            settings,
+            'sweep=paper',
+            'grid.batch_size=(4,)',
+            'grid.peak=(3e-5,)',
+            'grid.epochs=(1,)',
+        ),
+        str(tmp_path / 'work'),
+    )
     found = json.loads((tmp_path / 'work' / 'config.json').read_text())
     assert (found['batch_size'], found['epochs'], found['schedule']['peak'], found['sweep']) == (4, 1.0, 3e-5, '')
     with pytest.raises(UserError, match='holds a single run'):
@@ -571,11 +828,21 @@ def test_a_grid_of_one_is_that_one(model, tmp_path):
 
 def test_a_sweep_goes_on_beyond_a_run_that_diverges(model, tmp_path, capfd):
     settings = make('classification', tmp_path)
-    c = config('classification', model, settings, 'sweep=paper', 'grid.batch_size=(8,)', 'grid.peak=(1e38, 1e-3)', 'grid.epochs=(1,)',
-               'optimizer.clip_norm=0.0')
+    c = config(
+        'classification',
+        model,
+        settings,
+        'sweep=paper',
+        'grid.batch_size=(8,)',
+        'grid.peak=(1e38, 1e-3)',
+        'grid.epochs=(1,)',
+        'optimizer.clip_norm=0.0',
+    )
     finetune.finetune(c, str(tmp_path / 'work'))
     summary = json.loads((tmp_path / 'work' / 'sweep.json').read_text())
-    assert list(summary['runs']) == ['batch8-lr0.001-epochs1-seed0'] and list(summary['failed']) == ['batch8-lr1e+38-epochs1-seed0']
+    assert list(summary['runs']) == ['batch8-lr0.001-epochs1-seed0'] and list(summary['failed']) == [
+        'batch8-lr1e+38-epochs1-seed0'
+    ]
     assert 'batch8-lr1e+38-epochs1-seed0\tfailed' in (tmp_path / 'work' / 'sweep.tsv').read_text()
     assert 'not finite' in capfd.readouterr().out
     with pytest.raises(UserError, match='holds several runs'):
@@ -587,7 +854,10 @@ def test_a_sweep_goes_on_beyond_a_run_that_diverges(model, tmp_path, capfd):
 
 def test_a_run_of_a_sweep_has_its_own_shapes_whatever_was_run_before(model, tmp_path):
     """Rows of the length that suits its batch size, also when the runs of another batch size were finished earlier."""
-    rows = [(text(i % 3, int(n)), 'abc'[i % 3]) for i, n in enumerate(np.random.default_rng(0).geometric(0.2, 300).clip(1, 60))]
+    rows = [
+        (text(i % 3, int(n)), 'abc'[i % 3])
+        for i, n in enumerate(np.random.default_rng(0).geometric(0.2, 300).clip(1, 60))
+    ]
     file = str(table(tmp_path / 'c.csv', ('text', 'label'), rows))
     c = config('classification', model, {'train_file': file, 'dev_file': file}, 'max_length=64', 'batch_size=64')
     lengths = [finetune.Job(c, finetune.read_task(c)).data(size)['train'].row_length for size in (4, 64)]
@@ -597,7 +867,14 @@ def test_a_run_of_a_sweep_has_its_own_shapes_whatever_was_run_before(model, tmp_
 
 
 def test_what_is_frozen_stays_and_rows_may_be_apart(model, tmp_path):
-    c = config('classification', model, make('classification', tmp_path), "frozen=('embeddings','encoder')", 'packed=False', 'epochs=1.0')
+    c = config(
+        'classification',
+        model,
+        make('classification', tmp_path),
+        "frozen=('embeddings','encoder')",
+        'packed=False',
+        'epochs=1.0',
+    )
     finetune.finetune(c, str(tmp_path / 'work'))
     job = finetune.Job(c, finetune.read_task(c))
     assert not job.packed and job.data(8)['train'].shapes.startswith('lengths')
@@ -621,31 +898,79 @@ def bad(name, folder, content, suffix):
     return {'train_file': str(folder / f'bad{suffix}'), 'dev_file': str(folder / f'bad{suffix}')}
 
 
-@pytest.mark.parametrize('name, suffix, content, words', [
-    ('regression', '.csv', 'text,label\na,1\nb,x\n', ('bad.csv:3', "'x' is not a number")),
-    ('multilabel', '.csv', 'text,kind\na,b\n', ("no column 'label'", 'text, kind')),
-    ('multilabel', '.csv', 'text,label\na,x\nb,x\n', ('bad.csv', '1 labels (x)')),
-    ('multilabel', '.jsonl', '{"text": "a \\ud83d", "label": ["x", "y"]}\n', ('bad.jsonl:1', 'surrogate')),
-    ('tagging', '.conll', 'a O\nb I-X\n', ('bad.conll:2', "'I-X' is not IOB2", 'iob1')),
-    ('tagging', '.conll', 'a O\nb Q-X\n', ('bad.conll:2', 'not a tag')),
-    ('tagging', '.conll', '\n\n', ('no sentences',)),
-    ('tagging, iobes', '.conll', 'a B-X\nb O\n', ('bad.conll:2', "'O' is not IOBES after 'B-X'")),
-    ('tagging, iobes', '.conll', 'a S-X\nb B-X\n\nc O\n', ('bad.conll:2', "the sentence's end is not IOBES after 'B-X'")),
-    ('tagging, iobes', '.conll', 'a B-X\nb E-Y\n', ('bad.conll:2', "'E-Y' is not IOBES after 'B-X'")),
-    ('choice', '.jsonl', '{"context": "a", "choices": ["b"], "label": 0}\n', ('bad.jsonl:1', '1 choices')),
-    ('choice', '.jsonl', '{"context": "a", "choices": ["b", "c"], "label": 2}\n', ('bad.jsonl:1', 'label 2')),
-    ('choice', '.jsonl', '{"context": "a", "label": 2}\n', ('bad.jsonl:1', "no column 'choices'")),
-    ('choice', '.jsonl', '', ('no questions',)),
-    ('span', '.jsonl', '{"question": "a", "passage": "b c", "answer": "d"}\n', ('bad.jsonl:1', "'d' is not in the passage")),
-    ('span', '.jsonl', '{"question": "a", "passage": "b c", "answer": null}\n', ('bad.jsonl:1', 'null_answers=True')),
-    ('span', '.json', '{"data": [{"paragraphs": [{"context": "b c", "qas": [{"id": "7", "question": "a", "answers": '
-     '[{"text": "c", "answer_start": 0}]}]}]}]}', ('question 7', "'c' is not in the passage at 0")),
-    ('span', '.json', '{"data": 3}', ('not a SQuAD file',)),
-    ('span', '.json', json.dumps({'data': [{'paragraphs': [{'context': 'a b', 'qas': [
-        {'id': 'q', 'question': 'c', 'answers': [{'text': 'a', 'answer_start': None}]}]}]}]}), ('not a SQuAD file', 'NoneType')),
-    ('span', '.json', json.dumps({'data': [{'paragraphs': [{'context': 'a b', 'qas': [
-        {'id': 'q', 'question': None, 'answers': []}]}]}]}), ('not a SQuAD file', 'question q')),
-])
+@pytest.mark.parametrize(
+    'name, suffix, content, words',
+    [
+        ('regression', '.csv', 'text,label\na,1\nb,x\n', ('bad.csv:3', "'x' is not a number")),
+        ('multilabel', '.csv', 'text,kind\na,b\n', ("no column 'label'", 'text, kind')),
+        ('multilabel', '.csv', 'text,label\na,x\nb,x\n', ('bad.csv', '1 labels (x)')),
+        ('multilabel', '.jsonl', '{"text": "a \\ud83d", "label": ["x", "y"]}\n', ('bad.jsonl:1', 'surrogate')),
+        ('tagging', '.conll', 'a O\nb I-X\n', ('bad.conll:2', "'I-X' is not IOB2", 'iob1')),
+        ('tagging', '.conll', 'a O\nb Q-X\n', ('bad.conll:2', 'not a tag')),
+        ('tagging', '.conll', '\n\n', ('no sentences',)),
+        ('tagging, iobes', '.conll', 'a B-X\nb O\n', ('bad.conll:2', "'O' is not IOBES after 'B-X'")),
+        (
+            'tagging, iobes',
+            '.conll',
+            'a S-X\nb B-X\n\nc O\n',
+            ('bad.conll:2', "the sentence's end is not IOBES after 'B-X'"),
+        ),
+        ('tagging, iobes', '.conll', 'a B-X\nb E-Y\n', ('bad.conll:2', "'E-Y' is not IOBES after 'B-X'")),
+        ('choice', '.jsonl', '{"context": "a", "choices": ["b"], "label": 0}\n', ('bad.jsonl:1', '1 choices')),
+        ('choice', '.jsonl', '{"context": "a", "choices": ["b", "c"], "label": 2}\n', ('bad.jsonl:1', 'label 2')),
+        ('choice', '.jsonl', '{"context": "a", "label": 2}\n', ('bad.jsonl:1', "no column 'choices'")),
+        ('choice', '.jsonl', '', ('no questions',)),
+        (
+            'span',
+            '.jsonl',
+            '{"question": "a", "passage": "b c", "answer": "d"}\n',
+            ('bad.jsonl:1', "'d' is not in the passage"),
+        ),
+        (
+            'span',
+            '.jsonl',
+            '{"question": "a", "passage": "b c", "answer": null}\n',
+            ('bad.jsonl:1', 'null_answers=True'),
+        ),
+        (
+            'span',
+            '.json',
+            '{"data": [{"paragraphs": [{"context": "b c", "qas": [{"id": "7", "question": "a", "answers": '
+            '[{"text": "c", "answer_start": 0}]}]}]}]}',
+            ('question 7', "'c' is not in the passage at 0"),
+        ),
+        ('span', '.json', '{"data": 3}', ('not a SQuAD file',)),
+        (
+            'span',
+            '.json',
+            json.dumps(
+                {
+                    'data': [
+                        {
+                            'paragraphs': [
+                                {
+                                    'context': 'a b',
+                                    'qas': [
+                                        {'id': 'q', 'question': 'c', 'answers': [{'text': 'a', 'answer_start': None}]}
+                                    ],
+                                }
+                            ]
+                        }
+                    ]
+                }
+            ),
+            ('not a SQuAD file', 'NoneType'),
+        ),
+        (
+            'span',
+            '.json',
+            json.dumps(
+                {'data': [{'paragraphs': [{'context': 'a b', 'qas': [{'id': 'q', 'question': None, 'answers': []}]}]}]}
+            ),
+            ('not a SQuAD file', 'question q'),
+        ),
+    ],
+)
 def test_bad_files_name_file_and_line(name, suffix, content, words, model, tmp_path):
     with pytest.raises(UserError) as error:
         name, _, scheme = name.partition(', ')
@@ -656,12 +981,21 @@ def test_bad_files_name_file_and_line(name, suffix, content, words, model, tmp_p
 
 
 def test_swag_and_commonsenseqa_are_read(tmp_path):
-    table(tmp_path / 'swag.csv', ('', 'video-id', 'sent1', 'sent2', 'ending0', 'ending1', 'ending2', 'ending3', 'label'),
-          [('0', 'v', 'A man sits.', 'He', 'eats.', 'flies.', 'x.', 'y.', '1')])
+    table(
+        tmp_path / 'swag.csv',
+        ('', 'video-id', 'sent1', 'sent2', 'ending0', 'ending1', 'ending2', 'ending3', 'label'),
+        [('0', 'v', 'A man sits.', 'He', 'eats.', 'flies.', 'x.', 'y.', '1')],
+    )
     (row,) = choices.read(str(tmp_path / 'swag.csv'), 'swag')
     assert row.context == 'A man sits.' and row.choices[1] == 'He flies.' and row.label == 1
-    table(tmp_path / 'unequal.csv', ('sent1', 'sent2', 'ending_note', 'ending0', 'ending1', 'ending2', 'label'),
-          [('A man sits.', 'He', 'odd', 'eats.', 'flies.', 'runs.', '2'), ('A man sits.', 'He', '', 'eats.', 'flies.', '', '1')])
+    table(
+        tmp_path / 'unequal.csv',
+        ('sent1', 'sent2', 'ending_note', 'ending0', 'ending1', 'ending2', 'label'),
+        [
+            ('A man sits.', 'He', 'odd', 'eats.', 'flies.', 'runs.', '2'),
+            ('A man sits.', 'He', '', 'eats.', 'flies.', '', '1'),
+        ],
+    )
     assert [row.choices for row in choices.read(str(tmp_path / 'unequal.csv'), 'swag')] == [
         ('He eats.', 'He flies.', 'He runs.'), ('He eats.', 'He flies.')]
     json_lines(tmp_path / 'half.jsonl', [{'context': 'a', 'choices': ['b', 'c'], 'label': 0.5}])
@@ -676,19 +1010,32 @@ def test_swag_and_commonsenseqa_are_read(tmp_path):
 def test_a_test_file_without_labels_is_predicted_and_not_scored(model, tmp_path):
     settings = make('choice', tmp_path)
     records = [json.loads(line) for line in (tmp_path / 'q.jsonl').read_text().splitlines()]
-    settings['test_file'] = str(json_lines(tmp_path / 'test.jsonl', [{k: r[k] for k in ('context', 'choices')} for r in records]))
+    settings['test_file'] = str(
+        json_lines(tmp_path / 'test.jsonl', [{k: r[k] for k in ('context', 'choices')} for r in records])
+    )
     results = finetune.finetune(config('choice', model, settings, 'epochs=1.0'), str(tmp_path / 'work'))
     assert not any(name.startswith('test/') for name in results)
     assert len((tmp_path / 'work' / 'predictions_test.tsv').read_text().splitlines()) == 17
 
 
 def test_predict_says_what_it_cuts_and_leaves_out(model, tmp_path, capsys, monkeypatch):
-    finetune.finetune(config('span', model, make('span', tmp_path), 'epochs=1.0', 'task.max_query_length=5'), str(tmp_path / 'work'))
+    finetune.finetune(
+        config('span', model, make('span', tmp_path), 'epochs=1.0', 'task.max_query_length=5'), str(tmp_path / 'work')
+    )
     (tmp_path / 'in.txt').write_text('\ufeff' + 'w1 ' * 9 + '\tw2 w3\n\nw1\tw2 w3\n')
     capsys.readouterr()
     for threshold, said in ((None, 'w'), ('-1e9', '(no answer)')):
-        monkeypatch.setattr('sys.argv', ['predict', '--workdir', str(tmp_path / 'work'), '--input', str(tmp_path / 'in.txt'),
-                                         *([f'--null_threshold={threshold}'] if threshold else [])])
+        monkeypatch.setattr(
+            'sys.argv',
+            [
+                'predict',
+                '--workdir',
+                str(tmp_path / 'work'),
+                '--input',
+                str(tmp_path / 'in.txt'),
+                *([f'--null_threshold={threshold}'] if threshold else []),
+            ],
+        )
         predict.main()
         out, err = capsys.readouterr()
         assert [line.startswith(said) for line in out.splitlines()] == [True, True] and '\ufeff' not in out
@@ -709,11 +1056,20 @@ def test_predictions_for_glues_server(model, tmp_path):
         (tmp_path / name).mkdir()
         c = config(name, model, make(name, tmp_path / name), 'epochs=1.0')
         finetune.finetune(c, str(tmp_path / f'run_{name}'))
-    done = call_module('data.glue', '--runs', tmp_path / 'run_sst2', tmp_path / 'run_stsb', '--output', tmp_path / 'all.zip')
+    done = call_module(
+        'data.glue', '--runs', tmp_path / 'run_sst2', tmp_path / 'run_stsb', '--output', tmp_path / 'all.zip'
+    )
     assert done.returncode == 0 and 'missing: AX.tsv, CoLA.tsv' in done.stderr, done.stderr
     with zipfile.ZipFile(tmp_path / 'all.zip') as archive:
         assert archive.namelist() == ['SST-2.tsv', 'STS-B.tsv']
         lines = archive.read('STS-B.tsv').decode().splitlines()
-    assert lines[0] == 'index\tprediction' and len(lines) == 17 and all(0 <= float(line.split('\t')[1]) <= 5 for line in lines[1:])
-    assert call_module('data.glue', '--runs', tmp_path / 'run_stsb', '--output', tmp_path / 'new' / 'all.zip').returncode == 0
+    assert (
+        lines[0] == 'index\tprediction'
+        and len(lines) == 17
+        and all(0 <= float(line.split('\t')[1]) <= 5 for line in lines[1:])
+    )
+    assert (
+        call_module('data.glue', '--runs', tmp_path / 'run_stsb', '--output', tmp_path / 'new' / 'all.zip').returncode
+        == 0
+    )
     expect_error(call_module('data.glue', '--runs', model, '--output', tmp_path / 'x.zip'), 'no submission')

@@ -111,13 +111,21 @@ def test_marks_that_bert_strips_belong_to_their_word(tmp_path):
     """All of Unicode's category Mn, also those whose combining class is 0: Hindi's, Thai's, an emoji's selector."""
     tok = tokenizer.load(write(tmp_path, [*SPECIALS, 'a', 'b', '##b', 'दलल', 'म']))
     strip = tok._backend.normalizer.normalize_str
-    marks = [c for c in map(chr, range(0x300, sys.maxunicode + 1)) if unicodedata.category(c) == 'Mn' and strip(f'a{c}') == 'a']
-    assert len(marks) > 1500 and sum(not unicodedata.combining(mark) for mark in marks) > 800  # those that the library knows
+    marks = [
+        c
+        for c in map(chr, range(0x300, sys.maxunicode + 1))
+        if unicodedata.category(c) == 'Mn' and strip(f'a{c}') == 'a'
+    ]
+    assert (
+        len(marks) > 1500 and sum(not unicodedata.combining(mark) for mark in marks) > 800
+    )  # those that the library knows
     for mark in marks:
         text = f'a{mark} b a{mark}{mark}b{mark}'
         _, offsets = tok.encode_with_offsets(text)
         words = [text[begin:end] for begin, end in offsets]
-        assert words[0] == f'a{mark}' and words[1] == 'b' and text.endswith(words[-1]) and mark in words[-1], hex(ord(mark))
+        assert words[0] == f'a{mark}' and words[1] == 'b' and text.endswith(words[-1]) and mark in words[-1], hex(
+            ord(mark)
+        )
     text = 'दिल्ली में'
     _, offsets = tok.encode_with_offsets(text)
     assert text[offsets[0][0]:offsets[-1][1]] == text

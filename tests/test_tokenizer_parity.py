@@ -1,4 +1,4 @@
-"""WordPiece against transformers' port of the original code: equal, but for the classes that docs/conversion.md lists."""
+"""WordPiece against transformers' port of the original code: equal, but for what docs/conversion.md lists."""
 
 import itertools
 import json
@@ -16,9 +16,24 @@ sys.path.insert(0, str(ROOT / 'benchmarks'))
 import tokenizer_parity as parity
 
 SPECIALS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
-ALPHABETS = ('aAbBzZéÉöÖßñçøåÅ', 'αβΓδςσΆέ', 'жЯйЁ', '한국어각힣', '\u1100\u1161\u11a8\u1102', '中文字々〆', 'ひらカナー', '👩👧🏽\u200d\ufe0f❤',
-             '\u0301\u0327\u0308\u200b\u00ad\ufeff\x00\x07\x7f\ufffd', '\ue000\uf8ff', ' \t\n\r\u00a0\u3000\u2028', '.,!?-—“”’()[]{}$+<=>^`|~@#%&*¿、。',
-             '0123456789٣½²', 'عربيةהעברית', 'हिन्दीไทย', 'ﬁﬀＡｂ①㎏')
+ALPHABETS = (
+    'aAbBzZéÉöÖßñçøåÅ',
+    'αβΓδςσΆέ',
+    'жЯйЁ',
+    '한국어각힣',
+    '\u1100\u1161\u11a8\u1102',
+    '中文字々〆',
+    'ひらカナー',
+    '👩👧🏽\u200d\ufe0f❤',
+    '\u0301\u0327\u0308\u200b\u00ad\ufeff\x00\x07\x7f\ufffd',
+    '\ue000\uf8ff',
+    ' \t\n\r\u00a0\u3000\u2028',
+    '.,!?-—“”’()[]{}$+<=>^`|~@#%&*¿、。',
+    '0123456789٣½²',
+    'عربيةהעברית',
+    'हिन्दीไทย',
+    'ﬁﬀＡｂ①㎏',
+)
 TEXTS = st.text(max_size=30) | st.text(alphabet=''.join(ALPHABETS), max_size=60) | st.builds(
     lambda letters, n: letters * n, st.text(alphabet='abc한e\u0301', min_size=1, max_size=3), st.integers(1, 80))
 
@@ -26,9 +41,22 @@ TEXTS = st.text(max_size=30) | st.text(alphabet=''.join(ALPHABETS), max_size=60)
 @pytest.fixture(scope='module', params=['uncased', 'cased'])
 def tokenizers(request, tmp_path_factory):
     """A vocabulary with all letters of the alphabets, alone and as continuations, so that [UNK] hides nothing."""
-    letters = sorted({c for alphabet in ALPHABETS for form in ('NFC', 'NFD') for a in (alphabet, alphabet.lower())
-                      for c in unicodedata.normalize(form, a) if not c.isspace() and unicodedata.category(c) not in ('Cc', 'Cf')})
-    pieces = SPECIALS + letters + [f'##{c}' for c in letters] + ['the', '##ing', 'import', '한국', '##국어', 'state', '##ment']
+    letters = sorted(
+        {
+            c
+            for alphabet in ALPHABETS
+            for form in ('NFC', 'NFD')
+            for a in (alphabet, alphabet.lower())
+            for c in unicodedata.normalize(form, a)
+            if not c.isspace() and unicodedata.category(c) not in ('Cc', 'Cf')
+        }
+    )
+    pieces = (
+        SPECIALS
+        + letters
+        + [f'##{c}' for c in letters]
+        + ['the', '##ing', 'import', '한국', '##국어', 'state', '##ment']
+    )
     folder = tmp_path_factory.mktemp(request.param)
     (folder / 'vocab.txt').write_text('\n'.join(pieces) + '\n')
     (folder / 'tokenizer_config.json').write_text(json.dumps({'do_lower_case': request.param == 'uncased'}))
@@ -70,7 +98,12 @@ def test_any_unicode(tokenizers, text):
 def test_each_listed_class_of_difference_exists(tokenizers):
     """So that the list says nothing that is not so; a library that mends one is noticed here."""
     ours, legacy, lower = tokenizers
-    shown = {parity.UNASSIGNED: 'a\u0378b', parity.NEWER: 'a\u2e5db', parity.IDEOGRAPHS: 'a\U0002b820b', parity.WRITTEN_OUT: '[MASK]'}
+    shown = {
+        parity.UNASSIGNED: 'a\u0378b',
+        parity.NEWER: 'a\u2e5db',
+        parity.IDEOGRAPHS: 'a\U0002b820b',
+        parity.WRITTEN_OUT: '[MASK]',
+    }
     shown |= {parity.FINAL_SIGMA: 'ασΣ'} if lower else {parity.NFC: 'Ae\u0301'}
     for reason, text in shown.items():
         assert reason in parity.explain(text, lower) and ours.encode(text) != legacy(text), reason

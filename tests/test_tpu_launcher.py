@@ -1,4 +1,4 @@
-"""launch/tpu.sh against a stand-in gcloud that knows the real one's flags; workers are folders with a stand-in python."""
+"""launch/tpu.sh against a stand-in gcloud with the real one's flags; workers are folders with a stand-in python."""
 
 import hashlib
 import json
@@ -55,9 +55,23 @@ class Cloud:
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
     def start(self, *args, polls='40'):
-        env = os.environ | {'GCLOUD_ROOT': str(self.root), 'PATH': f'{self.root}/bin:{os.environ["PATH"]}', 'TPU_POLL_SECONDS': '0.2',
-                            'WORKER_PAUSE_SECONDS': '0.1', 'TPU_POLLS': polls, 'ZONE': 'us-west4-a', 'PROJECT': 'mine'}
-        return subprocess.Popen(['bash', 'launch/tpu.sh', *args], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        env = os.environ | {
+            'GCLOUD_ROOT': str(self.root),
+            'PATH': f'{self.root}/bin:{os.environ["PATH"]}',
+            'TPU_POLL_SECONDS': '0.2',
+            'WORKER_PAUSE_SECONDS': '0.1',
+            'TPU_POLLS': polls,
+            'ZONE': 'us-west4-a',
+            'PROJECT': 'mine',
+        }
+        return subprocess.Popen(
+            ['bash', 'launch/tpu.sh', *args],
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def calls(self, command=''):
         file = self.root / 'calls.jsonl'
@@ -82,7 +96,18 @@ def cloud(tmp_path):
         subprocess.run(['bash', 'launch/worker.sh', 'stop'], cwd=home / 'bert_jax', capture_output=True)
 
 
-RUN = ('run', 'pod', '--store', 'gs://b/store', '--workdir', 'gs://b/run', '--', '--config', 'configs/pretrain.py:base', "--config.phases=((1, 2, 3),)")
+RUN = (
+    'run',
+    'pod',
+    '--store',
+    'gs://b/store',
+    '--workdir',
+    'gs://b/run',
+    '--',
+    '--config',
+    'configs/pretrain.py:base',
+    '--config.phases=((1, 2, 3),)',
+)
 
 
 def test_shellcheck_has_nothing_to_say():
@@ -90,11 +115,28 @@ def test_shellcheck_has_nothing_to_say():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize('args, flags', [
-    (('--type', 'v5litepod-16', '--spot'), {'--accelerator-type=v5litepod-16', '--runtime-version=v2-alpha-tpuv5-lite', '--node-id=pod', '--spot'}),
-    (('--type', 'v4-64', '--version', 'mine'), {'--accelerator-type=v4-64', '--runtime-version=mine', '--node-id=pod'}),
-    (('--type', 'v5litepod-256', '--slices', '2'), {'--accelerator-type=v5litepod-256', '--runtime-version=v2-alpha-tpuv5-lite',
-                                                    '--node-count=2', '--node-prefix=pod'})])
+@pytest.mark.parametrize(
+    'args, flags',
+    [
+        (
+            ('--type', 'v5litepod-16', '--spot'),
+            {'--accelerator-type=v5litepod-16', '--runtime-version=v2-alpha-tpuv5-lite', '--node-id=pod', '--spot'},
+        ),
+        (
+            ('--type', 'v4-64', '--version', 'mine'),
+            {'--accelerator-type=v4-64', '--runtime-version=mine', '--node-id=pod'},
+        ),
+        (
+            ('--type', 'v5litepod-256', '--slices', '2'),
+            {
+                '--accelerator-type=v5litepod-256',
+                '--runtime-version=v2-alpha-tpuv5-lite',
+                '--node-count=2',
+                '--node-prefix=pod',
+            },
+        ),
+    ],
+)
 def test_create(cloud, args, flags):
     done = cloud('create', 'pod', *args)
     assert done.returncode == 0, done.stderr
@@ -113,11 +155,20 @@ def test_a_run_from_the_queue_to_the_end(cloud):
     for number in (0, 1):
         home = cloud.root / f'worker{number}' / 'bert_jax'
         started = [line for line in cloud.python(number).splitlines() if 'bert_jax.pretrain' in line]
-        assert started == [f'-m bert_jax.pretrain --coordinator auto --join_seconds 1800 --workdir gs://b/run --config.store={home}/run/store --config '
-                           'configs/pretrain.py:base --config.phases=((1, 2, 3),)'] * 3
+        assert (
+            started
+            == [
+                f'-m bert_jax.pretrain --coordinator auto --join_seconds 1800 --workdir gs://b/run '
+                f'--config.store={home}/run/store --config '
+                'configs/pretrain.py:base --config.phases=((1, 2, 3),)'
+            ]
+            * 3
+        )
         assert (home / 'run' / 'store' / 'store.json').exists() and (home / 'bert_jax' / 'pretrain.py').exists()
         assert not list((home).glob('.git/*'))
-        assert (home / '.venv' / 'cache').read_text() == 'gs://b/run_xla\n'  # one for all: only the first of them writes
+        assert (
+            home / '.venv' / 'cache'
+        ).read_text() == 'gs://b/run_xla\n'  # one for all: only the first of them writes
 
 
 def test_a_slice_that_is_taken_away_is_asked_for_again(cloud):
@@ -128,7 +179,12 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(cloud):
     order = [call[3] for call in cloud.calls() if call[3] in ('create', 'delete')]
     assert order == ['delete', 'create']
     (create,) = cloud.calls('create')
-    assert {'--spot', '--accelerator-type=v5litepod-16', '--runtime-version=v2-alpha-tpuv5-lite', '--node-id=pod'} <= set(create)
+    assert {
+        '--spot',
+        '--accelerator-type=v5litepod-16',
+        '--runtime-version=v2-alpha-tpuv5-lite',
+        '--node-id=pod',
+    } <= set(create)
 
 
 def test_several_slices_come_back_as_several_and_a_failing_call_does_not_end_the_waiting(cloud):
@@ -161,7 +217,9 @@ def test_a_slice_that_was_given_back_is_left_alone(cloud):
         done = cloud(*RUN)
         assert done.returncode == 0 and words in done.stderr and not cloud.calls('create'), done.stderr
     cloud.states('ACTIVE')
-    (cloud.root / 'fail').write_text('\n'.join(f'describe@{number} NOT_FOUND' for number in range(len(cloud.calls('describe')) + 2, 99)))
+    (cloud.root / 'fail').write_text(
+        '\n'.join(f'describe@{number} NOT_FOUND' for number in range(len(cloud.calls('describe')) + 2, 99))
+    )
     done = cloud(*RUN, polls='3')
     assert done.returncode == 2 and 'does not say what pod is, 3 times in a row' in done.stderr, done.stderr
 
@@ -185,7 +243,9 @@ def test_a_run_keeps_its_code_and_gets_over_a_refused_connection(cloud):
 def test_five_short_lives_are_the_end(cloud):
     cloud.codes('137 139 134 75 137 0')
     done = cloud(*RUN)
-    assert done.returncode == 2 and 'the run failed on a worker' in done.stderr and 'tpu.sh delete pod' in done.stderr, done.stderr
+    assert (
+        done.returncode == 2 and 'the run failed on a worker' in done.stderr and 'tpu.sh delete pod' in done.stderr
+    ), done.stderr
     assert cloud.python(0).count('bert_jax.pretrain') == 5
 
 
@@ -201,11 +261,15 @@ def test_a_loop_that_is_gone_is_started_again(cloud):
     cloud.codes('wait 0')
     watching = cloud.start(*RUN)
     loops = [home / 'bert_jax' / 'run' for home in sorted(cloud.root.glob('worker*'))]
-    wait_for(lambda: all((run / 'pid').exists() and (run.parent / '.venv' / 'codes').read_text() == '0\n' for run in loops))
+    wait_for(
+        lambda: all((run / 'pid').exists() and (run.parent / '.venv' / 'codes').read_text() == '0\n' for run in loops)
+    )
     for name in ('loop', 'pid'):
         subprocess.run(['kill', '-KILL', (loops[0] / name).read_text().strip()], check=True)
     loops[1].joinpath('stopped').unlink(missing_ok=True)
-    subprocess.run(['kill', '-TERM', (loops[1] / 'pid').read_text().strip()], check=True)  # it notices, and asks to be started again
+    subprocess.run(
+        ['kill', '-TERM', (loops[1] / 'pid').read_text().strip()], check=True
+    )  # it notices, and asks to be started again
     _, stderr = watching.communicate(timeout=60)
     assert watching.returncode == 0 and 'gone from a worker' in stderr and 'the run has finished' in stderr, stderr
     assert cloud.python(0).count('bert_jax.pretrain') == 2 <= cloud.python(1).count('bert_jax.pretrain')
@@ -218,11 +282,19 @@ def test_a_worker_that_does_not_answer_is_asked_again_but_not_for_ever(cloud):
     wait_for(lambda: len(cloud.calls('ssh')) > 5)
     assert cloud('stop', 'pod').returncode == 0
     _, stderr = watching.communicate(timeout=60)
-    assert watching.returncode == 0 and stderr.count('does not answer; trying again') == 2 and 'the run was stopped' in stderr, stderr
-    (cloud.root / 'fail').write_text('\n'.join(f'ssh@{number} lost' for number in range(len(cloud.calls('ssh')) + 3, 100)))
+    assert (
+        watching.returncode == 0
+        and stderr.count('does not answer; trying again') == 2
+        and 'the run was stopped' in stderr
+    ), stderr
+    (cloud.root / 'fail').write_text(
+        '\n'.join(f'ssh@{number} lost' for number in range(len(cloud.calls('ssh')) + 3, 100))
+    )
     cloud.codes('wait 0')
     done = cloud(*RUN, polls='3')
-    assert done.returncode == 2 and 'no answer 3 times in a row' in done.stderr and 'tpu.sh delete pod' in done.stderr, done.stderr
+    assert (
+        done.returncode == 2 and 'no answer 3 times in a row' in done.stderr and 'tpu.sh delete pod' in done.stderr
+    ), done.stderr
 
 
 def test_without_a_key_in_the_agent_nobody_is_reached_and_it_is_said(cloud):
@@ -249,7 +321,10 @@ def test_a_worker_with_an_old_python_gets_a_new_one(tmp_path):
     (home / 'requirements-tpu.txt').write_text('')
     old = '#!/bin/bash\necho "$@" >> "$HOME/calls"\n[ "$1" != -c ]\n'
     new = '#!/bin/bash\necho "$@" >> "$HOME/calls"\n[ "$1" != -c ] || echo 0.0.42.1\n'
-    uv = f'#!/bin/bash\necho uv "$@" >> "$HOME/calls"\nmkdir -p .venv/bin\nfor one in python pip; do printf %s {shlex.quote(new)} > .venv/bin/$one; chmod +x .venv/bin/$one; done\n'
+    uv = (
+        '#!/bin/bash\necho uv "$@" >> "$HOME/calls"\nmkdir -p .venv/bin\nfor one in python pip; do '
+        f'printf %s {shlex.quote(new)} > .venv/bin/$one; chmod +x .venv/bin/$one; done\n'
+    )
     for name, script in {'python3': old, 'python3.11': old, 'python3.12': old, 'python3.13': old, 'uv': uv}.items():
         (bin_ / name).write_text(script)
         (bin_ / name).chmod(0o755)
@@ -259,7 +334,9 @@ def test_a_worker_with_an_old_python_gets_a_new_one(tmp_path):
                           env={'HOME': str(tmp_path), 'PATH': f'{bin_}:/usr/bin:/bin'})
     calls = (tmp_path / 'calls').read_text()
     assert '-m pip install --quiet --no-deps libtpu==0.0.43.*' in calls  # what 0.0.42 has is not for v6e
-    assert done.returncode == 0 and '-m pip install --quiet --user uv' in calls and 'uv venv' in calls, done.stderr + calls
+    assert done.returncode == 0 and '-m pip install --quiet --user uv' in calls and 'uv venv' in calls, (
+        done.stderr + calls
+    )
 
 
 def test_a_run_that_fails_says_so_with_its_last_lines(cloud):
@@ -274,7 +351,9 @@ def test_stop_lets_the_run_save_and_does_not_start_it_again(cloud):
     assert cloud(*RUN[:2], '--detach', *RUN[2:]).returncode == 0
     done = cloud('stop', 'pod')
     assert done.returncode == 0 and 'a checkpoint is saved' in done.stderr, done.stderr
-    said = subprocess.run(['bash', 'launch/worker.sh', 'status'], cwd=cloud.root / 'worker0' / 'bert_jax', text=True, capture_output=True)
+    said = subprocess.run(
+        ['bash', 'launch/worker.sh', 'status'], cwd=cloud.root / 'worker0' / 'bert_jax', text=True, capture_output=True
+    )
     assert said.stdout == 'stopped\n'
     assert cloud.python(0).count('bert_jax.pretrain') == 1
 
@@ -296,16 +375,30 @@ def test_dry_run_prints_every_call_and_makes_none(cloud):
     lines = done.stdout.splitlines()
     assert [line.split()[4] for line in lines] == ['describe', 'scp', 'ssh', 'ssh']
     assert '--node=all --worker=all' in lines[-1] and 'worker.sh' in lines[-1] and '--zone=us-west4-a' in lines[-1]
-    for action, command in (('create', 'create'), ('logs', 'ssh'), ('stop', 'ssh'), ('delete', 'delete'), ('ssh', 'ssh')):
+    for action, command in (
+        ('create', 'create'),
+        ('logs', 'ssh'),
+        ('stop', 'ssh'),
+        ('delete', 'delete'),
+        ('ssh', 'ssh'),
+    ):
         done = cloud(action, 'pod', '--dry_run', *(('--type', 'v4-64') if action == 'create' else ()))
         assert f' {command} pod ' in done.stdout and not cloud.calls(), done.stderr
 
 
-@pytest.mark.parametrize('args, words', [
-    (('create', 'pod'), 'create needs --type'), (('create',), "needs the slice's NAME"), (('make', 'pod'), 'unknown action make'),
-    (('run', 'pod', '--store', 'gs://b/s'), 'run needs --store'), (('run', 'pod', '--spots'), 'unknown option --spots'),
-    (('run', 'pod', '--store', 'a', '--workdir', 'b'), 'arguments after --'), (('create', 'pod', '--slices', 'x'), 'a number is expected'),
-    (('create', 'pod', '--type'), '--type needs a value')])
+@pytest.mark.parametrize(
+    'args, words',
+    [
+        (('create', 'pod'), 'create needs --type'),
+        (('create',), "needs the slice's NAME"),
+        (('make', 'pod'), 'unknown action make'),
+        (('run', 'pod', '--store', 'gs://b/s'), 'run needs --store'),
+        (('run', 'pod', '--spots'), 'unknown option --spots'),
+        (('run', 'pod', '--store', 'a', '--workdir', 'b'), 'arguments after --'),
+        (('create', 'pod', '--slices', 'x'), 'a number is expected'),
+        (('create', 'pod', '--type'), '--type needs a value'),
+    ],
+)
 def test_bad_arguments(cloud, args, words):
     done = cloud(*args)
     assert done.returncode == 2 and words in done.stderr and not cloud.calls()
@@ -314,7 +407,15 @@ def test_bad_arguments(cloud, args, words):
 
 def test_the_stand_in_rejects_what_gcloud_would(cloud):
     env = os.environ | {'GCLOUD_ROOT': str(cloud.root)}
-    for args in (('create', 'a', '--accelerator-type=v4-8', '--runtime-version=x', '--node-id=a', '--preemptible'), ('create', 'a'), ('destroy', 'a')):
-        done = subprocess.run([shutil.which('python3'), ROOT / 'tests' / 'gcloud', 'compute', 'tpus', 'queued-resources', *args], env=env,
-                              text=True, capture_output=True)
+    for args in (
+        ('create', 'a', '--accelerator-type=v4-8', '--runtime-version=x', '--node-id=a', '--preemptible'),
+        ('create', 'a'),
+        ('destroy', 'a'),
+    ):
+        done = subprocess.run(
+            [shutil.which('python3'), ROOT / 'tests' / 'gcloud', 'compute', 'tpus', 'queued-resources', *args],
+            env=env,
+            text=True,
+            capture_output=True,
+        )
         assert done.returncode == 1 and 'ERROR' in done.stderr

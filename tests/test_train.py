@@ -157,9 +157,16 @@ def test_the_host_dispatches_ahead_and_reads_only_when_a_window_ends(tmp_path):
     matrix = jnp.eye(SIZE)
     state = train.TrainState(jnp.int32(0), {'w': jnp.float32(0)}, {})
     jax.block_until_ready(slow(state, matrix))
-    state = train.fit(state, step, iter([matrix] * STEPS), train.Schedule(STEPS, 5, 100, 100),
-                      hyper=lambda _: {'learning_rate': 0.1}, evaluators={}, checkpoints=Checkpoints(tmp_path / 'checkpoints'),
-                      writer=metrics.Writer(tmp_path, 0))
+    state = train.fit(
+        state,
+        step,
+        iter([matrix] * STEPS),
+        train.Schedule(STEPS, 5, 100, 100),
+        hyper=lambda _: {'learning_rate': 0.1},
+        evaluators={},
+        checkpoints=Checkpoints(tmp_path / 'checkpoints'),
+        writer=metrics.Writer(tmp_path, 0),
+    )
     assert float(state.params['w']) == STEPS
     assert busy == {number: number % 5 != 0 for number in range(STEPS)}  # after steps 5 and 9 the window was read
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
@@ -243,5 +250,14 @@ def test_a_number_that_is_not_finite_names_its_own_step(bad, term):
         return state.replace(step=state.step + 1), means
 
     with pytest.raises(train.Diverged, match=r'step 7 \(batch number 6\): the last good checkpoint is step 4'):
-        train.fit(train.TrainState(np.int32(0), {}, {}), step, iter(range(12)), train.Schedule(12, 4, 4, 4), evaluators={}, checkpoints=record, writer=Record(),
-                  hyper=lambda _: {'learning_rate': 0}, rates=lambda *_: {'share': 0})
+        train.fit(
+            train.TrainState(np.int32(0), {}, {}),
+            step,
+            iter(range(12)),
+            train.Schedule(12, 4, 4, 4),
+            evaluators={},
+            checkpoints=record,
+            writer=Record(),
+            hyper=lambda _: {'learning_rate': 0},
+            rates=lambda *_: {'share': 0},
+        )

@@ -71,7 +71,9 @@ def test_each_head(architecture, target, keys, tmp_path):
     peer = peers.model(architecture, **({'num_labels': 5} if target in ('classification', 'tagging') else {}))
     exact = copy.deepcopy(peer).double()
     model, params, source = load(peer, tmp_path)
-    assert list(source.model.targets) == [target] and len(source.labels) == (5 if target in ('classification', 'tagging') else 0)
+    assert list(source.model.targets) == [target] and len(source.labels) == (
+        5 if target in ('classification', 'tagging') else 0
+    )
     example = peers.batch(peer.config)
     theirs = peers.inputs(example)
     if target == 'multiple_choice':

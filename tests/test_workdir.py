@@ -38,7 +38,9 @@ def run(model, tmp_path):  # noqa: F811
                 for split in ('train', 'dev')}
 
     def start(*overrides, **more):
-        return finetune.finetune(config('classification', model, settings | more, *NOTHING, *overrides), str(tmp_path / 'w'))
+        return finetune.finetune(
+            config('classification', model, settings | more, *NOTHING, *overrides), str(tmp_path / 'w')
+        )
 
     return start, settings, tmp_path / 'w'
 
@@ -50,9 +52,18 @@ def test_other_data_under_the_same_name_is_another_run(run):
     before = files_of(work)
     train, dev = (pathlib.Path(settings[f'{split}_file']) for split in ('train', 'dev'))
     for file, change, said in (
-            (train, lambda text: text.replace('pos', 'x').replace('neg', 'y'), r"data.labels \(\['neg', 'pos'\] there, \['x', 'y'\] now\)"),
-            (train, lambda text: text + 'w1,pos\n', "what differs: data.train \\('.{16}' there, '.{16}' now"),
-            (dev, lambda text: '\n'.join([*text.splitlines()[:-2], *text.splitlines()[:-3:-1]]) + '\n', 'what differs: data.dev')):
+        (
+            train,
+            lambda text: text.replace('pos', 'x').replace('neg', 'y'),
+            r"data.labels \(\['neg', 'pos'\] there, \['x', 'y'\] now\)",
+        ),
+        (train, lambda text: text + 'w1,pos\n', "what differs: data.train \\('.{16}' there, '.{16}' now"),
+        (
+            dev,
+            lambda text: '\n'.join([*text.splitlines()[:-2], *text.splitlines()[:-3:-1]]) + '\n',
+            'what differs: data.dev',
+        ),
+    ):
         content = {one: one.read_text() for one in (train, dev)}
         file.write_text(change(content[file]))
         if 'labels' in said:
@@ -84,7 +95,13 @@ def test_identity_is_of_what_examples_say_in_their_order():
     one, other = texts.Row('a', None, 'x', 'f:1'), texts.Row('b', None, 'y', 'f:2')
     of = lambda rows, **more: tasks_of.identity(Task('classification', {'train': rows, **more}, ('x', 'y')))  # noqa: E731
     assert of([one, other]) == of([texts.Row('a', None, 'x', 'g:7'), other], test=[one]) == of([one, other])
-    different = [[other, one], [one], [one, other, other], [texts.Row('a', '', 'x', 'f:1'), other], [texts.Row('a', None, 'y', 'f:1'), other]]
+    different = [
+        [other, one],
+        [one],
+        [one, other, other],
+        [texts.Row('a', '', 'x', 'f:1'), other],
+        [texts.Row('a', None, 'y', 'f:1'), other],
+    ]
     assert len({json.dumps(of(rows)) for rows in [[one, other], *different]}) == 6
     assert of([one], dev=[one]).keys() == {'train', 'dev', 'labels'}
 
@@ -104,8 +121,10 @@ def test_a_workdir_of_an_older_version_goes_on(run, capfd):
 def test_a_head_is_kept_for_the_same_kind_and_labels(tmp_path, capfd):
     """BioASQ after SQuAD: the second fine-tuning begins with the head of the first."""
     labels = {'id2label': dict(enumerate('abc')), 'label2id': {name: i for i, name in enumerate('abc')}}
-    for name, architecture, more, attribute in (('span', 'BertForQuestionAnswering', {}, 'qa_outputs'),
-                                                ('classification', 'BertForSequenceClassification', labels, 'classifier')):
+    for name, architecture, more, attribute in (
+        ('span', 'BertForQuestionAnswering', {}, 'qa_outputs'),
+        ('classification', 'BertForSequenceClassification', labels, 'classifier'),
+    ):
         peer = peers.model(architecture, max_position_embeddings=64, **more)
         source = peers.save(peer, tmp_path / name)
         theirs = getattr(peer, attribute).weight.detach().numpy().T
@@ -135,9 +154,13 @@ def test_a_strangers_folder_is_left_alone(model, store_path, tmp_path, monkeypat
     for folder in (store_path, model, tmp_path / 'notes'):
         before = files_of(folder)
         settings = make('classification', tmp_path)
-        for start in (lambda path: pretrain.pretrain(cli.load_config('configs/pretrain.py:tiny', [f'--config.store={store_path}']), path),
-                      lambda path: finetune.finetune(config('classification', model, settings), path),  # noqa: B023
-                      lambda path: finetune.finetune(config('classification', model, settings, 'seeds=2'), path)):  # noqa: B023
+        for start in (
+            lambda path: pretrain.pretrain(
+                cli.load_config('configs/pretrain.py:tiny', [f'--config.store={store_path}']), path
+            ),
+            lambda path: finetune.finetune(config('classification', model, settings), path),  # noqa: B023
+            lambda path: finetune.finetune(config('classification', model, settings, 'seeds=2'), path),  # noqa: B023
+        ):
             with pytest.raises(UserError, match='not an empty folder, and not a (workdir|sweep)|holds a single run'):
                 start(str(folder))
         assert files_of(folder) == before
@@ -150,7 +173,10 @@ def test_a_strangers_folder_is_left_alone(model, store_path, tmp_path, monkeypat
 
 def config_at(model, seeds):  # noqa: F811
     """From another current folder."""
-    c = cli.load_config(str(ROOT / 'configs/finetune.py') + ':classification', [f'--config.init_from={model}', f'--config.seeds={seeds}'])
+    c = cli.load_config(
+        str(ROOT / 'configs/finetune.py') + ':classification',
+        [f'--config.init_from={model}', f'--config.seeds={seeds}'],
+    )
     c.task.train_file = str(ROOT / 'no such file')
     return c
 
@@ -170,7 +196,10 @@ def test_where_nothing_was_trained_a_setting_can_be_put_right(store, tmp_path):
 def test_a_workdir_in_use_is_refused(store, tmp_path):
     c = cli.load_config('configs/pretrain.py:tiny', [])
     with workdir.opened(str(tmp_path / 'w'), c, store.tokenizer):
-        with pytest.raises(UserError, match='in use by process'), workdir.opened(str(tmp_path / 'w'), c, store.tokenizer):
+        with (
+            pytest.raises(UserError, match='in use by process'),
+            workdir.opened(str(tmp_path / 'w'), c, store.tokenizer),
+        ):
             pass
         with pytest.raises(UserError, match='in use by process'), workdir.opened_sweep(str(tmp_path / 'sweep')), \
                 workdir.opened_sweep(str(tmp_path / 'sweep')):
@@ -184,10 +213,20 @@ def test_a_sweep_without_one_of_its_checkpoints_does_not_begin(model, tmp_path):
     assert not (tmp_path / 'w').exists()
 
 
-@pytest.mark.parametrize('key, value, expected', [
-    ('optimizer.b1', 2.0, 'less than 1'), ('optimizer.b2', 1.0, 'less than 1'), ('optimizer.eps', -1.0, 'or more'), ('optimizer.eps', 0.0, 'or more'),
-    ('optimizer.clip_norm', -1.0, '0 or more'), ('optimizer.weight_decay', -0.1, '0 or more'), ('schedule.peak', math.nan, '0 or more'),
-    ('schedule.peak', math.inf, '0 or more'), ('model.targets.mlm.weight', -1.0, '0 or more')])
+@pytest.mark.parametrize(
+    'key, value, expected',
+    [
+        ('optimizer.b1', 2.0, 'less than 1'),
+        ('optimizer.b2', 1.0, 'less than 1'),
+        ('optimizer.eps', -1.0, 'or more'),
+        ('optimizer.eps', 0.0, 'or more'),
+        ('optimizer.clip_norm', -1.0, '0 or more'),
+        ('optimizer.weight_decay', -0.1, '0 or more'),
+        ('schedule.peak', math.nan, '0 or more'),
+        ('schedule.peak', math.inf, '0 or more'),
+        ('model.targets.mlm.weight', -1.0, '0 or more'),
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(key, value, expected):
     c = cli.load_config('configs/pretrain.py:tiny', [f'--config.{key}={value}'])
     with pytest.raises(UserError, match=f'--config.{key}={value}: .*{expected}'):
@@ -195,11 +234,16 @@ def test_settings_that_mean_nothing_are_refused(key, value, expected):
 
 
 def test_what_would_learn_nothing_or_fill_the_memory_is_refused(model, tmp_path):  # noqa: F811
-    for override, words in (('model.targets.mlm.weight=0.0', 'every weight is 0'), ('phases=((9,64,100000000),)', 'at most 1,048,576')):
+    for override, words in (
+        ('model.targets.mlm.weight=0.0', 'every weight is 0'),
+        ('phases=((9,64,100000000),)', 'at most 1,048,576'),
+    ):
         with pytest.raises(UserError, match=words):
             pretrain.check(cli.load_config('configs/pretrain.py:tiny,no_nsp', [f'--config.{override}']))
     for name in ('classification', 'tagging'):  # packed and not
-        with pytest.raises(UserError, match='batch_size=100000000: at most 1,024 are expected for 16 training examples'):
+        with pytest.raises(
+            UserError, match='batch_size=100000000: at most 1,024 are expected for 16 training examples'
+        ):
             finetune.finetune(config(name, model, make(name, tmp_path), 'batch_size=100000000'), str(tmp_path / 'w'))
 
 
@@ -222,8 +266,13 @@ def test_tensorboard_files_are_read_back_by_tensorflow(tmp_path):
         if not begun:
             (first,) = (tmp_path / 'tensorboard').iterdir()
             first.rename(first.with_name('events.out.tfevents.1.first'))
-    found = [[(e.step, e.session_log.status, [(v.tag, v.simple_value) for v in e.summary.value])
-              for e in tf.compat.v1.train.summary_iterator(str(file))][1:] for file in sorted((tmp_path / 'tensorboard').iterdir())]
+    found = [
+        [
+            (e.step, e.session_log.status, [(v.tag, v.simple_value) for v in e.summary.value])
+            for e in tf.compat.v1.train.summary_iterator(str(file))
+        ][1:]
+        for file in sorted((tmp_path / 'tensorboard').iterdir())
+    ]
     start = tf.compat.v1.SessionLog.START
     assert found == [[(1, start, []), *((s, 0, [('loss', 1.5 * s)]) for s in (1, 2, 3))],
                      [(3, start, []), *((s, 0, [('loss', 1.5 * s + 2)]) for s in (3, 4))]]
@@ -242,8 +291,13 @@ def test_a_board_that_cannot_be_written_is_dropped_and_the_log_goes_on(tmp_path,
 
 def test_a_run_that_ends_within_the_import_of_tensorflow_ends_in_peace():
     """As every pre-training of ten steps does, and one that is stopped."""
-    program = ('import contextlib, sys, numpy as np\nfrom bert_jax.data import batches\nbatches.place = lambda batch, _: batch\n'
-               'with contextlib.closing(batches.tf_stream(lambda i: {"x": np.zeros(1)}, 0, 100_000)) as made:\n'
-               '    placed = batches.placed_ahead(made, None)\n    [next(placed) for _ in range(6)]\n    sys.exit(75)\n')
-    done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    program = (
+        'import contextlib, sys, numpy as np\nfrom bert_jax.data import batches\n'
+        'batches.place = lambda batch, _: batch\n'
+        'with contextlib.closing(batches.tf_stream(lambda i: {"x": np.zeros(1)}, 0, 100_000)) as made:\n'
+        '    placed = batches.placed_ahead(made, None)\n    [next(placed) for _ in range(6)]\n    sys.exit(75)\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program], text=True, capture_output=True, env=os.environ | {'PYTHONPATH': str(ROOT)}
+    )
     assert (done.returncode, done.stderr) == (75, '')
