@@ -244,7 +244,7 @@ def show(result: dict[str, Any], parameters: bool) -> None:
           f'{result["batch_size"]:,} ({result["batch_size"] / result["devices"]:g} a device); compiled in '
           f'{result["compile_seconds"]:.0f} s by libtpu {result["libtpu"]}')
     sizes = ', '.join(f'{name} {used[name] / 2**30:.2f}'
-                      for name in ('parameters', 'optimizer', 'batch', 'temporaries', 'code'))
+                      for name in ('parameters', 'optimizer', 'fixed', 'batch', 'temporaries', 'code') if name in used)
     print(f'  memory a device, GiB: {sizes}; together {used["total"] / 2**30:.2f} of {used["available"] / 2**30:.2f}; '
           f'{used["activations"] / 2**30:.2f} of activations are kept for the backward pass; the state is '
           f'{"" if used["state_aliased"] else "NOT wholly "}updated in place')

@@ -36,8 +36,8 @@ TENSOR_RULES = (  # parameters: path -> the dimension that `tensor` splits, from
 SMALL = ('bias', 'scale')  # what `fsdp` leaves whole
 
 
-def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.Device] = (), accumulation: int = 1
-              ) -> Mesh:
+def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.Device] = (), accumulation: int = 1,
+              fixed: Any = None) -> Mesh:
     """The mesh over all devices.
 
     Args:
@@ -46,6 +46,7 @@ def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.D
       state: a TrainState, or its shapes; for ().
       devices: default: JAX's own.
       accumulation: micro-batches, while which each device has parameters and gradients whole; for ().
+      fixed: arrays beside the state, such as a teacher's parameters; for ().
 
     Raises:
       UserError: sizes that do not multiply up to the devices.
@@ -54,7 +55,7 @@ def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.D
     for device in devices:
         number = getattr(device, 'slice_index', None) if device.platform == 'tpu' else 0  # elsewhere a host is a slice
         slices.setdefault(number or 0, []).append(device)
-    count, found = len(slices[0]), list(shape) or automatic_shape(state, slices[0], accumulation)
+    count, found = len(slices[0]), list(shape) or automatic_shape(state, slices[0], accumulation, fixed)
     if len(found) != len(AXES) - 1:
         raise UserError(f'mesh {tuple(shape)}: three sizes are expected, for {", ".join(AXES[1:])}.')
     if found.count(-1) == 1 and 0 not in found:
@@ -71,14 +72,15 @@ def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.D
     return Mesh(np.stack(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def automatic_shape(state: Any, devices: Sequence[jax.Device], accumulation: int = 1) -> list[int]:
+def automatic_shape(state: Any, devices: Sequence[jax.Device], accumulation: int = 1, fixed: Any = None) -> list[int]:
     """Data-parallel, or with the smallest `fsdp` that leaves most of the memory to the rest of the step."""
     memory = hardware.memory_bytes(devices[0])
     if state is None or memory is None:
         return [-1, 1, 1]
-    held, params = (sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-                    for tree in (state, state.params))
-    split, whole = (held + params, 0) if accumulation == 1 else (held, 2 * params)  # the gradients are as large
+    held, params, beside = (sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+                            for tree in (state, state.params, fixed))
+    split, whole = (held + params, 0) if accumulation == 1 else (held, 2 * params + beside)  # gradients are as large
+    split += beside
     enough = [n for n in range(1, len(devices) + 1)
               if len(devices) % n == 0 and split / n + whole <= STATE_SHARE * memory]
     return [-1, enough[0] if enough else len(devices), 1]

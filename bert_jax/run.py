@@ -56,7 +56,7 @@ def assemble(config: ConfigDict, model: models.Model, example: batches.Batch, fr
     """
     tx = optimizer.make_optimizer(**config.optimizer)
     shapes = train.state_shapes(model, tx, example, frozen)
-    mesh = partition.make_mesh(config.mesh, shapes, accumulation=config.accumulation)
+    mesh = partition.make_mesh(config.mesh, shapes, accumulation=config.accumulation, fixed=fixed)
     step = train.make_train_step(model, tx, mesh, config.accumulation, shapes, frozen, fixed, annotate)
     return Run(model, mesh, train.make_init(model, tx, example, mesh, frozen), step)
 

@@ -1,6 +1,7 @@
 """Learning from a frozen teacher: the loss against a plain loop, the step with several sources, what is refused."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import scipy.special
 
-from bert_jax import evaluate, optimizer, partition, train
+from bert_jax import cli, evaluate, optimizer, partition, train
 from bert_jax.cli import UserError
 from bert_jax.model import model as model_parts
 from bert_jax.model import relations
+from bert_jax.tpu import compiled
 
 R, LAYER = 8, 1
 WEIGHTS = {'relations': 1.0}
@@ -192,3 +194,27 @@ def test_a_teacher_of_another_vocabulary_needs_a_mapping():
         UserError, match=r"T: 1 of the student's 2 pieces are none of this teacher's 1, 'c' among them.*mapping"
     ):
         relations.map_ids(['a', 'c'], ['a'], 'T')
+
+
+def test_a_teacher_is_part_of_a_compiled_steps_memory_and_lies_as_parameters_do():
+    """compile_check's step: a teacher's bytes are told apart, and `fsdp` splits its matrices as the student's."""
+    given = ['--config.model.embeddings.vocab_size=67', '--config.mesh=(1,1,1)']
+    c = cli.load_config('configs/pretrain.py:tiny', given)
+    c.model.targets = {'relations': {'num_heads': R, 'layer': LAYER, 'weight': 1.0}}
+    teaching, fixed = teacher()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), fixed)
+    step = compiled.compile_step(c, jax.devices()[:1], 16, 8, shapes, relations.teaching(teaching, 2))
+    alone = compiled.compile_step(c, jax.devices()[:1], 16, 8, shapes, lambda fixed, batch: batch | {
+        f'teacher_{kind}': jnp.ones((8, 2, 16, 24)) for kind in relations.KINDS})
+    used = compiled.memory(step, jax.devices()[0])
+    assert used['fixed'] == sum(x.nbytes for x in jax.tree.leaves(fixed)) > 0 and used['batch'] > 0
+    assert step.program.aliased >= len(jax.tree.leaves(step.state))
+    assert used['total'] > compiled.memory(alone, jax.devices()[0])['total']
+    rows = {name: size for name, _, _, size in partition.describe(
+        fixed['params'], jax.sharding.AbstractMesh((1, 1, 8, 1), partition.AXES))}
+    kernel = fixed['params']['encoder']['layers']['mlp']['up']['kernel']
+    assert rows['encoder/layers/mlp/up/kernel'] == kernel.nbytes / 8
+    many = types.SimpleNamespace(device_kind='TPU v5e', memory_stats=lambda: {'bytes_limit': 3e6})
+    state = train.TrainState(jnp.int32(0), {'w': np.zeros(200_000, np.float32)}, {'m': np.zeros(100_000, np.float32)})
+    assert partition.automatic_shape(state, [many] * 4) == [-1, 2, 1]
+    assert partition.automatic_shape(state, [many] * 4, fixed={'w': np.zeros(500_000, np.float32)}) == [-1, 4, 1]

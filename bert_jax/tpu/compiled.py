@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,10 @@ CHANNEL = r'channel_id=(\d+)'
 
 @dataclasses.dataclass
 class Step:
-    """A compiled training step, what it was made of, and bytes that a micro-batch keeps for its backward pass."""
+    """A compiled training step, what it was made of, and bytes that a micro-batch keeps for its backward pass.
+
+    `fixed` are arrays beside the state, as in train.train_step.
+    """
 
     compiled: Any
     program: hlo.Program
@@ -30,10 +34,18 @@ class Step:
     mesh: jax.sharding.Mesh
     seconds: float
     kept: int
+    fixed: Any = None
 
 
-def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, batch_size: int) -> Step:
+def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, batch_size: int, fixed: Any = None,
+                 annotate: Callable | None = None) -> Step:
     """The step that pre-training would run.
+
+    Args:
+      config: of pre-training.
+      devices: what to compile for.
+      length, batch_size: of the batch.
+      fixed, annotate: shapes of arrays beside the state, and what they add to a batch, as in train.train_step.
 
     Raises:
       UserError: a mesh or batch that does not fit the devices.
@@ -42,15 +54,17 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
     model, tx = models.build(config.model), optimizer.make_optimizer(**config.optimizer)
     batch = _shapes(config, batch_size, length)
     state = train.state_shapes(model, tx, examples.empty(1, length, **config.examples))
-    mesh = partition.make_mesh(config.mesh, state, devices, config.accumulation)
+    mesh = partition.make_mesh(config.mesh, state, devices, config.accumulation, fixed)
     partition.check_batch_size(batch_size, partition.data_devices(mesh), config.accumulation)
-    step = train.make_train_step(model, tx, mesh, config.accumulation, state)
+    beside = {'fixed': {train.SOURCE: fixed}, 'annotate': {train.SOURCE: annotate}} if fixed else {}
+    step = train.make_train_step(model, tx, mesh, config.accumulation, state, **beside)
     hyper = train.as_hyper(0.0, models.target_weights(config.model), 0)
     start = time.perf_counter()
-    compiled = step.lower(state, {'text': batch}, hyper).compile()
+    args = (beside['fixed'],) if fixed else ()
+    compiled = step.lower(state, {train.SOURCE: batch}, hyper, *args).compile()
     seconds = time.perf_counter() - start
-    kept = _kept(model, state.params, _shapes(config, batch_size // config.accumulation, length))
-    return Step(compiled, hlo.Program(compiled.as_text()), state, mesh, seconds, kept)
+    kept = _kept(model, state.params, fixed, annotate, _shapes(config, batch_size // config.accumulation, length))
+    return Step(compiled, hlo.Program(compiled.as_text()), state, mesh, seconds, kept, fixed)
 
 
 def _shapes(config: ConfigDict, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -59,17 +73,21 @@ def _shapes(config: ConfigDict, rows: int, length: int) -> dict[str, jax.ShapeDt
         rows, length, **config.examples).items()}
 
 
-def _kept(model: models.Model, params: Any, batch: Any) -> int:
+def _kept(model: models.Model, params: Any, fixed: Any, annotate: Callable | None, batch: Any) -> int:
     """Bytes of activations that the forward pass leaves for the backward one, as JAX writes it down."""
-    def losses(params: Any, batch: Any) -> Any:
+    def losses(params: Any, fixed: Any, batch: Any) -> Any:
+        batch = annotate(fixed, batch) if annotate else batch
         rngs = {'dropout': jax.random.key(0)}
         return {name: terms['loss'].total for name, terms in model.apply(
             {'params': params}, batch, train=True, rngs=rngs, method='losses').items()}
 
-    backward = jax.eval_shape(lambda params, batch: jax.vjp(lambda p: losses(p, batch), params)[1], params, batch)
-    known = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves((params, batch)))
+    def backward(params: Any, fixed: Any, batch: Any) -> Any:
+        return jax.vjp(lambda p: losses(p, fixed, batch), params)[1]
+
+    given = params, fixed, batch
+    known = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(given))
     size = 0
-    for x in jax.tree.leaves(backward):  # weights and inputs are there anyway
+    for x in jax.tree.leaves(jax.eval_shape(backward, *given)):  # weights and inputs are there anyway
         if known[x.shape, x.dtype]:
             known[x.shape, x.dtype] -= 1
         elif not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -82,14 +100,16 @@ def memory(step: Step, device: jax.Device) -> dict[str, float]:
     stats = step.compiled.memory_analysis()
 
     def held(tree: Any) -> int:
-        shardings = jax.tree.leaves(partition.state_shardings(tree, step.mesh))
+        shardings = jax.tree.leaves(partition.shardings(tree, step.mesh))
         return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
                    for x, s in zip(jax.tree.leaves(tree), shardings))
 
     params, opt_state = held({'params': step.state.params}), held({'opt_state': step.state.opt_state})
+    beside = {'fixed': held(step.fixed)} if step.fixed else {}
     total = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
              + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
-    return {'parameters': params, 'optimizer': opt_state, 'batch': stats.argument_size_in_bytes - params - opt_state,
+    return {'parameters': params, 'optimizer': opt_state, **beside,
+            'batch': stats.argument_size_in_bytes - params - opt_state - sum(beside.values()),
             'activations': step.kept // partition.data_devices(step.mesh),
             'temporaries': stats.temp_size_in_bytes, 'code': stats.generated_code_size_in_bytes, 'total': total,
             'available': hardware.memory_bytes(device), 'aliased': stats.alias_size_in_bytes,
