@@ -50,7 +50,7 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
     start = time.perf_counter()
     model = pretrained.load(source)
     size = pretrained.size_in_bytes(model)
-    targets = ', '.join(model.model.targets) or 'none'
+    targets = ', '.join(model.config.targets) or 'none'
     print(f'{source}: {model.about["source"]}; targets: {targets}; {size / 1e6:,.0f} MB.')
     write_whole(model, folder, form, name or folder.name, licence)
     unit = 1 if sys.platform == 'darwin' else 1024  # bytes, KiB

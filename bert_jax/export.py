@@ -56,11 +56,11 @@ def export(source: str, lengths: list[int], output: str) -> None:
     """
     folder = paths.check_new(output, '--output')
     model = pretrained.load(source)
-    target = next((target for target in EXPORTED if target in model.model.targets), None)
+    target = next((target for target in EXPORTED if target in model.config.targets), None)
     if target is None:
-        raise UserError(f'{source}: its heads ({", ".join(model.model.targets) or "none"}) are not exported; '
+        raise UserError(f'{source}: its heads ({", ".join(model.config.targets) or "none"}) are not exported; '
                         f'known: {", ".join(EXPORTED)}.')
-    positions = model.model.embeddings.max_length
+    positions = model.config.embeddings.max_length
     if lengths[0] < 3 or lengths[-1] > positions:
         raise UserError(f'--lengths {lengths}: from 3 to {positions}, the positions of {source}.')
     most = weights.max_length(model)
@@ -84,7 +84,7 @@ def _write(model: Pretrained, target: str, lengths: list[int], folder: pathlib.P
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flat), _inputs(target, length))
         (folder / f'program_{length}.bin').write_bytes(exported.serialize())
     about: dict[str, Any] = {'kind': EXPORTED[target], 'lengths': lengths, 'labels': list(model.labels),
-                             'segments': model.model.embeddings.num_segments}
+                             'segments': model.config.embeddings.num_segments}
     about |= {f'{role}_id': getattr(model.tokenizer, f'{role}_id') for role in ('pad', 'cls', 'sep', 'mask')}
     if EXPORTED[target] == 'fill_mask':
         about['pieces'] = model.tokenizer.pieces
@@ -97,7 +97,7 @@ def _write(model: Pretrained, target: str, lengths: list[int], folder: pathlib.P
 
 def program(model: Pretrained, target: str) -> Callable[[dict[str, jax.Array], dict[str, jax.Array]], jax.Array]:
     """(weights, batch) -> logits float32, of one target, the vocabulary's padding added and cut inside."""
-    described, vocab_size = model.model.copy_and_resolve_references(), model.tokenizer.vocab_size
+    described, vocab_size = model.config.copy_and_resolve_references(), model.tokenizer.vocab_size
     described.run.kernel = 'xla'  # one program for every platform
     module = models.build(described)
 

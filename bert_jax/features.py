@@ -1,14 +1,14 @@
 """Writes a model's vectors of texts: the feature-based approach (Devlin et al. 2019, 5.3).
 
     python -m bert_jax.features --from W --input texts.txt --output vectors --layers -1
-    python -m bert_jax.features --from W --input texts.jsonl --output vectors --layers embeddings,-2,concat4 --pool mean
+    python -m bert_jax.features --from W --input texts.jsonl --output vectors --layers -2 --pool mean
 
 Texts are one a line (a pair with a tab between), JSON lines {"text", "text_pair"} or tables, read as predict reads
 them. The output is a folder of parts of --part_size texts each; a part appears whole, and a run that was interrupted
 goes on after the last one.
 
-Layers: embeddings; 1 to N, or -1 (the last), -2, ...; sum4 and concat4 (of the last four). A list that begins with a
-minus needs an equals sign: --layers=-2,-1. In each part, text number i has
+Layers: embeddings; 1 to N, or -1 (the last), -2, ...; sum_last4 (a plain sum); concat_last4. A list that begins with
+a minus needs an equals sign: --layers=-2,-1. In each part, text number i has
 
   safetensors   tensors i/LAYER [tokens, D] (or [D] when pooled) and i/ids
   hdf5          a group i with datasets LAYER and ids
@@ -40,6 +40,7 @@ from bert_jax.tasks.task import Task
 
 ENDINGS = {'safetensors': 'safetensors', 'hdf5': 'h5', 'jsonl': 'jsonl'}
 POOLS = ('none', 'cls', 'mean')
+OLD_NAMES = {'sum4': 'sum_last4', 'concat4': 'concat_last4'}
 
 
 def main() -> None:
@@ -130,7 +131,7 @@ class Extractor:
 
     def __init__(self, source: str, layers: list[str], pool: str, max_length: int) -> None:
         model = pretrained.load(source)
-        positions, count = model.model.embeddings.max_length, model.model.encoder.num_layers
+        positions, count = model.config.embeddings.max_length, model.config.encoder.num_layers
         if max_length and not tokenized.SHORTEST <= max_length <= positions:
             raise UserError(f'--max_length {max_length}: {tokenized.SHORTEST} to {positions}, the positions of '
                             f'{source}.')
@@ -139,7 +140,7 @@ class Extractor:
         self.model = _identity(model)
         self.truncated = 0
         combine = {name: _layer(name, count) for name in layers}  # name -> (what it reads, what it makes of that)
-        self._config = config = model.model.copy_and_resolve_references()
+        self._config = config = model.config.copy_and_resolve_references()
         config.targets = {}
         reads = tuple({read for wanted, _ in combine.values() for read in wanted})
         module, params = models.build(config, reads), {part: model.params[part] for part in ('embeddings', 'encoder')}
@@ -174,7 +175,7 @@ class Extractor:
 def _identity(model: Pretrained) -> str:
     """A hash of what vectors depend on."""
     parts = ('embeddings', 'encoder')
-    about = json.dumps([model.model[part].to_dict() for part in parts], default=str, sort_keys=True)
+    about = json.dumps([model.config[part].to_dict() for part in parts], default=str, sort_keys=True)
     digest = hashlib.sha256(about.encode() + model.tokenizer.hash.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path({part: model.params[part] for part in parts}):
         digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
@@ -186,15 +187,16 @@ def _layer(name: str, count: int) -> tuple[tuple[Read, ...], Callable[[list[jax.
     last4 = tuple(('hidden', layer) for layer in (-4, -3, -2, -1))
     if name == 'embeddings':
         return (('hidden', 0),), lambda found: found[0]
-    if name in ('sum4', 'concat4') and count < 4:
+    name = OLD_NAMES.get(name, name)
+    if name in ('sum_last4', 'concat_last4') and count < 4:
         raise UserError(f'--layers {name}: the model has {count} layers.')
-    if name == 'sum4':
+    if name == 'sum_last4':
         return last4, lambda found: jnp.stack(found).sum(0)
-    if name == 'concat4':
+    if name == 'concat_last4':
         return last4, lambda found: jnp.concatenate(found, -1)
     if re.fullmatch('-?[0-9]+', name) and 1 <= abs(int(name)) <= count:
         return (('hidden', int(name)),), lambda found: found[0]
-    raise UserError(f'--layers {name}: embeddings, 1 to {count}, -1 to -{count}, sum4 and concat4 are known.')
+    raise UserError(f'--layers {name}: embeddings, 1 to {count}, -1 to -{count}, sum_last4 and concat_last4 are known.')
 
 
 def _write_safetensors(file: pathlib.Path, start: int, rows: list[texts.Row], found: list[dict[str, np.ndarray]],

@@ -114,7 +114,7 @@ class Job:
         self.model = models.build(self.model_config)
         self.packed = config.packed and 'pooled' in self.model.targets[self.kind.target].reads
         self.tokenized = self._encode(config)
-        pretrained.check_segments(self.source.model, self.tokenized.values())
+        pretrained.check_segments(self.source.config, self.tokenized.values())
         self._data: dict[int, dict[str, tokenized.Tokenized]] = {}
         most = max(len(self.tokenized['train']), LARGE_BATCH)
         if config.batch_size > most:
@@ -175,7 +175,7 @@ def frozen_parts(config: ConfigDict, task: Task) -> tuple[str, ...]:
 
 def describe_model(config: ConfigDict, pretrained_model: Pretrained, task: Task) -> ConfigDict:
     """The checkpoint's embeddings and encoder, this run's dropout (none where the encoder is frozen), the target."""
-    source, target = pretrained_model.model, tasks.KINDS[task.kind].target
+    source, target = pretrained_model.config, tasks.KINDS[task.kind].target
     options, frozen = tasks.KINDS[task.kind].options(task), frozen_parts(config, task)
     if config.max_length < tokenized.SHORTEST:
         raise UserError(f'--config.max_length={config.max_length}: {tokenized.SHORTEST} or more is expected.')
@@ -248,8 +248,8 @@ def _keeps_head(job: Job, config: ConfigDict) -> bool:
         return False
     name, labels = job.kind.target, (job.source.labels, job.task.labels)
     there, here = ({key: value for key, value in dict(model.targets.get(name, {})).items() if key not in HEAD_SETTINGS}
-                   for model in (job.source.model, job.model_config))
-    if name not in job.source.model.targets:
+                   for model in (job.source.config, job.model_config))
+    if name not in job.source.config.targets:
         why = f'it has no head for {name}'
     elif labels[0] != labels[1]:
         why = f'its labels are {", ".join(labels[0])}; those of the task are {", ".join(labels[1])}'

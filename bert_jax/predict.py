@@ -61,14 +61,14 @@ class Predictor:
     """
 
     def __init__(self, source: Pretrained, path: str) -> None:
-        self.target = next((target for target in (*KIND_OF_TARGET, 'mlm') if target in source.model.targets), '')
+        self.target = next((target for target in (*KIND_OF_TARGET, 'mlm') if target in source.config.targets), '')
         if not self.target:
-            raise UserError(f'{path}: its heads ({", ".join(source.model.targets) or "none"}) predict nothing.')
+            raise UserError(f'{path}: its heads ({", ".join(source.config.targets) or "none"}) predict nothing.')
         self.kind, self.labels, self.truncated = KIND_OF_TARGET.get(self.target, 'fill_mask'), source.labels, 0
-        self._config, self._params, self._tokenizer = source.model, jax.device_put(source.params), source.tokenizer
+        self._config, self._params, self._tokenizer = source.config, jax.device_put(source.params), source.tokenizer
         config = source.about.get('config', {})
         self._task = task = config.get('task', {})
-        self._max_length = config.get('max_length', source.model.embeddings.max_length)  # a fine-tuned model's own
+        self._max_length = config.get('max_length', source.config.embeddings.max_length)  # a fine-tuned model's own
         threshold = source.about.get('scores', {}).get('dev/null_threshold', 0.0)
         self._settings = SPANS | {key: value for key, value in task.items() if key in SPANS}
         self._settings |= {'null_threshold': threshold, 'document_context': False}

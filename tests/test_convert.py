@@ -163,7 +163,7 @@ def test_a_tf1_model_computes_the_same_in_transformers(tmp_path):
     ours = pretrained.load(str(source))
     from bert_jax.model import model as models
 
-    out = models.build(ours.model).apply({'params': ours.params}, example, train=False)
+    out = models.build(ours.config).apply({'params': ours.params}, example, train=False)
     at = torch.tensor(example['masked_lm_positions']).long()[..., None]
     np.testing.assert_allclose(
         out['mlm']['logits'][..., :67], torch.take_along_dim(theirs.prediction_logits, at, 1), atol=2e-3

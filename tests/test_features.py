@@ -58,7 +58,7 @@ def test_vectors_equal_hugging_face(folder, tmp_path, form):
         '--format',
         form,
         '--layers',
-        'embeddings,2,-1,sum4,concat4',
+        'embeddings,2,-1,sum_last4,concat4',
         '--part_size',
         '7',
         '--batch_size',
@@ -69,7 +69,7 @@ def test_vectors_equal_hugging_face(folder, tmp_path, form):
     assert len(parts) == 3
     for number in (0, 2, 3, 15):
         states, ids = hidden_states(folder, TEXTS[number])
-        expected = {'embeddings': states[0], '2': states[2], '-1': states[-1], 'sum4': states[-4:].sum(0),
+        expected = {'embeddings': states[0], '2': states[2], '-1': states[-1], 'sum_last4': states[-4:].sum(0),
                     'concat4': np.concatenate(list(states[-4:]), -1)}
         part = parts[number // 7]
         for layer, vectors in expected.items():
@@ -118,7 +118,7 @@ def test_pooled_and_resumed(folder, tmp_path):
 @pytest.mark.parametrize(
     'args, words',
     [
-        (('--layers', '6'), ('--layers 6', '1 to 5', 'concat4')),
+        (('--layers', '6'), ('--layers 6', '1 to 5', 'concat_last4')),
         (('--max_length', '41'), ('8 to 40',)),
         (('--max_length', '2'), ('8 to 40',)),
     ],

@@ -134,7 +134,7 @@ def test_positions_that_pretraining_never_saw_are_said_and_remat_is_this_runs_ow
         c = load_config(pretrained, train, f'--config.max_length={length}', '--config.remat=full')
         job = finetune.Job(c, finetune.read_task(c))
         assert ('was trained on up to 96 tokens' in capfd.readouterr().err) == said
-    assert job.model_config.run.remat == 'full' and job.source.model.run.remat == 'none'
+    assert job.model_config.run.remat == 'full' and job.source.config.run.remat == 'none'
 
 
 def test_a_dev_loss_that_is_not_finite_ends_the_run_as_one_in_training_does(pretrained, tmp_path):

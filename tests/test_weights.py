@@ -26,7 +26,7 @@ GRID = [  # sizes, activation, vocabulary and segments: no two alike, none a mul
 def load(peer, folder):
     """Our model of a peer, by way of its saved folder: the model with all hidden states, its parameters, the source."""
     source = pretrained.load(str(peers.save(peer, folder)))
-    return models.build(source.model, (('hidden', 0), ('hidden', 'all'))), source.params, source
+    return models.build(source.config, (('hidden', 0), ('hidden', 'all'))), source.params, source
 
 
 def assert_as_exact(ours, float32, float64, real=...):
@@ -71,7 +71,7 @@ def test_each_head(architecture, target, keys, tmp_path):
     peer = peers.model(architecture, **({'num_labels': 5} if target in ('classification', 'tagging') else {}))
     exact = copy.deepcopy(peer).double()
     model, params, source = load(peer, tmp_path)
-    assert list(source.model.targets) == [target] and len(source.labels) == (
+    assert list(source.config.targets) == [target] and len(source.labels) == (
         5 if target in ('classification', 'tagging') else 0
     )
     example = peers.batch(peer.config)

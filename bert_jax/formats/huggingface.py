@@ -212,11 +212,11 @@ def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> N
       licence: the licence field of the card, an identifier of the hub.
     """
     weights.check_is_bert(model, 'a Hugging Face folder')
-    heads = tuple(head for head in weights.HEADS if head in model.model.targets)
+    heads = tuple(head for head in weights.KNOWN_HEADS if head in model.config.targets)
     if heads not in ARCHITECTURES:
         raise UserError(f'No class of transformers has the heads {", ".join(heads)} together.')
-    for target in model.model.targets:
-        if target not in weights.HEADS:
+    for target in model.config.targets:
+        if target not in weights.KNOWN_HEADS:
             cli.note(f'left out, transformers has no such head: {target}.')
     arrays = {}
     for tensor in weights.of(model):
@@ -230,7 +230,7 @@ def write(model: Pretrained, folder: pathlib.Path, name: str, licence: str) -> N
 
 
 def _their_config(model: Pretrained, heads: tuple[str, ...]) -> dict[str, Any]:
-    config = {theirs: model.model[part][name] for theirs, (part, name) in SIZES.items()}
+    config = {theirs: model.config[part][name] for theirs, (part, name) in SIZES.items()}
     config |= {'architectures': [ARCHITECTURES[heads]], 'model_type': 'bert', 'initializer_range': 0.02,
                'layer_norm_eps': 1e-12, 'pad_token_id': model.tokenizer.pad_id, 'torch_dtype': 'float32',
                'tie_word_embeddings': True}
@@ -242,8 +242,8 @@ def _their_config(model: Pretrained, heads: tuple[str, ...]) -> dict[str, Any]:
             config['problem_type'] = PROBLEMS[head]
         if head == 'regression':
             config |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
-        if 'dropout_rate' in model.model.targets[head]:
-            config['classifier_dropout'] = model.model.targets[head].dropout_rate
+        if 'dropout_rate' in model.config.targets[head]:
+            config['classifier_dropout'] = model.config.targets[head].dropout_rate
     return config
 
 
@@ -264,7 +264,7 @@ def write_tokenizer(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, max_l
 def card(model: Pretrained, heads: tuple[str, ...], name: str, licence: str) -> str:
     """The model card: what it is, how it was made, how it scored, how to use it."""
     pipeline = PIPELINES.get(heads[0] if heads else '', 'feature-extraction')
-    size = ', '.join(f'{key} {model.model[part][ours]}' for key, (part, ours) in SIZES.items() if 'prob' not in key)
+    size = ', '.join(f'{key} {model.config[part][ours]}' for key, (part, ours) in SIZES.items() if 'prob' not in key)
     about, lines = model.about, ['---', f'license: {licence}', 'library_name: transformers',
                                  f'pipeline_tag: {pipeline}', 'tags: [bert, bert_jax]', '---', '', f'# {name}', '']
     lines += [f'A BERT encoder ({ARCHITECTURES[heads]}; {size}), made with bert_jax.', '', '## How it was made', '']

@@ -107,7 +107,7 @@ def check_segments(model: ConfigDict, rows: Iterable[Any]) -> None:
 def write_workdir(model: Pretrained, folder: pathlib.Path) -> None:
     """Writes a workdir to fine-tune from, predict with, or go on from; nothing is lost in it."""
     made = model.about.get('config', {})  # what predict needs of a fine-tuned one: its task and max_length
-    config = ConfigDict({'model': model.model.to_dict(), 'source': model.about['source']} | {
+    config = ConfigDict({'model': model.config.to_dict(), 'source': model.about['source']} | {
         key: made[key] for key in ('task', 'max_length') if key in made})
     with workdir.opened(str(folder), config, model.tokenizer) as opened:
         if model.labels:
@@ -125,9 +125,9 @@ def check_fits(model: ConfigDict, source: Pretrained, path: str) -> None:
     Raises:
       UserError: sizes, positions or activation differ.
     """
-    different = [f'{part}.{key} is {source.model[part].get(key)!r} there, {model[part].get(key)!r} in the config'
-                 for part in ('embeddings', 'encoder') for key in {**source.model[part], **model[part]}
-                 if not key.endswith('dropout_rate') and source.model[part].get(key) != model[part].get(key)]
+    different = [f'{part}.{key} is {source.config[part].get(key)!r} there, {model[part].get(key)!r} in the config'
+                 for part in ('embeddings', 'encoder') for key in {**source.config[part], **model[part]}
+                 if not key.endswith('dropout_rate') and source.config[part].get(key) != model[part].get(key)]
     if different:
         raise UserError(f'{path} is another architecture: {"; ".join(different)}. '
                         '--config.model.PART.KEY=VALUE changes the config.')

@@ -97,13 +97,13 @@ def write(model: Pretrained, folder: pathlib.Path) -> None:
     weights.check_is_bert(model, 'the original code')
     if model.tokenizer.kind != 'wordpiece':
         cli.note('the original code reads vocab.txt only; tokenizer.model stands in its place.')
-    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}.get(model.model.encoder.activation)
+    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}.get(model.config.encoder.activation)
     if activation is None:
         activation = 'gelu'
-        cli.note(f'activation {model.model.encoder.activation} (erf) does not exist in the original code; its '
+        cli.note(f'activation {model.config.encoder.activation} (erf) does not exist in the original code; its '
                  "'gelu', the tanh form, is written: outputs differ in the fourth digit.")
     heads = {tensor.ours.split('/')[0] for tensor in weights.of(model) if tensor.tf1 is None}
-    heads |= {f'targets_{target}' for target in model.model.targets if target not in weights.HEADS}
+    heads |= {f'targets_{target}' for target in model.config.targets if target not in weights.KNOWN_HEADS}
     for head in sorted(heads):
         cli.note(f'left out, the original code has no such head: {head.removeprefix("targets_")}.')
     if model.labels:
@@ -116,7 +116,7 @@ def write(model: Pretrained, folder: pathlib.Path) -> None:
 
     tf_bundle.write(str(folder / PREFIX), {
         tensor.tf1: functools.partial(array_of, tensor) for tensor in weights.of(model) if tensor.tf1 is not None})
-    config = {theirs: model.model[part][name] for theirs, (part, name) in SIZES.items()}
+    config = {theirs: model.config[part][name] for theirs, (part, name) in SIZES.items()}
     config |= {'hidden_act': activation, 'initializer_range': 0.02}
     (folder / 'bert_config.json').write_text(json.dumps(dict(sorted(config.items())), indent=2) + '\n')
     model.tokenizer.save(folder)

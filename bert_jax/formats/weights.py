@@ -27,14 +27,14 @@ class Pretrained:
     """A model as it travels between formats.
 
     Attributes:
-      model: what `models.build` takes.
+      config: what `models.build` takes.
       params: the parameter tree, float32.
       tokenizer: the one its ids belong to.
       labels: class names, () without a classifier.
       about: for the model card: 'source', and where known 'step', 'scores', 'config'.
     """
 
-    model: ConfigDict
+    config: ConfigDict
     params: Any
     tokenizer: Tokenizer
     labels: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ _HEADS = {
     'tagging': (('head', 'targets_tagging/dense', 'classifier', None),),
     'multiple_choice': (('head', 'targets_multiple_choice/dense', 'classifier', None),),
     'span': (('head', 'targets_span/dense', 'qa_outputs', 'cls/squad'),)}
-HEADS = tuple(_HEADS)
+KNOWN_HEADS = tuple(_HEADS)
 
 
 def tensors(num_layers: int, heads: tuple[str, ...], pooler: bool) -> Iterator[Tensor]:
@@ -173,7 +173,7 @@ def model_config(found: dict[str, Any], sizes: dict[str, tuple[str, str]], activ
 
 def max_length(model: Pretrained) -> int:
     """The tokens that a model reads: its fine-tuning's max_length, else its positions."""
-    return model.about.get('config', {}).get('max_length', model.model.embeddings.max_length)
+    return model.about.get('config', {}).get('max_length', model.config.embeddings.max_length)
 
 
 def check_labels(labels: Sequence[str], classes: int, where: str) -> None:
@@ -187,7 +187,7 @@ def check_labels(labels: Sequence[str], classes: int, where: str) -> None:
 
 def check_is_bert(model: Pretrained, form: str) -> None:
     """Refuses a model that `form`, which knows BERT alone, would compute otherwise."""
-    encoder = model.model.encoder
+    encoder = model.config.encoder
     if encoder.name != 'transformer' or encoder.sees != 'both':
         what = f'an encoder {encoder.name}' + (f' that sees {encoder.sees}' if 'sees' in encoder else '')
         raise UserError(f'{what}: {form} has BERT alone, whose transformer sees both sides; --format workdir keeps it.')
@@ -195,8 +195,8 @@ def check_is_bert(model: Pretrained, form: str) -> None:
 
 def of(model: Pretrained) -> list[Tensor]:
     """The arrays of a model that have names elsewhere."""
-    heads = tuple(head for head in HEADS if head in model.model.targets)
-    return list(tensors(model.model.encoder.num_layers, heads, 'pooler' in model.params))
+    heads = tuple(head for head in KNOWN_HEADS if head in model.config.targets)
+    return list(tensors(model.config.encoder.num_layers, heads, 'pooler' in model.params))
 
 
 def read_params(model: ConfigDict, form: str, stored: Mapping[str, Stored], where: str, config_file: str
@@ -217,7 +217,7 @@ def read_params(model: ConfigDict, form: str, stored: Mapping[str, Stored], wher
     """
     core = {'huggingface': 'bert.', 'tf1': 'bert/'}[form]
     pooler = any(name.startswith(f'{core}pooler') for name in stored)
-    heads = tuple(head for head in HEADS if head in model.targets)
+    heads = tuple(head for head in KNOWN_HEADS if head in model.targets)
     wanted = {}
     for tensor in tensors(model.encoder.num_layers, heads, pooler):
         name = getattr(tensor, form)
