@@ -234,7 +234,7 @@ def main() -> None:
     if not args.texts and not args.input:
         raise UserError('No text: give some as arguments, or --input FILE (- for standard input).')
     model = load(args.workdir or args.init_from)
-    rows = [model.parse(tasks.parts_of(text)) for text in args.texts]
+    rows = [model.parse(inputs.parts_of(text)) for text in args.texts]
     if args.input:
         read, left_out = model.read(args.input)
         rows += read
