@@ -1,10 +1,11 @@
-"""Encoders and targets beside BERT's (Zhao et al. 2019, UER: An Open-Source Toolkit for Pre-training Models).
+"""Encoders and targets other than BERT's (Zhao et al. 2019, UER: An Open-Source Toolkit for Pre-training Models).
 
     python -m bert_jax.pretrain --config configs/uer.py:lstm,lm --config.store=STORE --workdir W
 
 The argument is an encoder and a target: lstm,lm (an LSTM predicts each token from those before it), transformer,lm (the
 same by attention to the left, as GPT).
-Small, for two cores: half an hour on 65 MB of Wikipedia (docs/log.md has what it came to).
+lstm,lm on 65 MB of English Wikipedia, vocabulary of 8,192: held out 4.85 nats after 31 minutes on one core, where the
+unigram model is at 6.85 (docs/log.md). transformer,lm has not been run at this size.
 """
 
 import pathlib

@@ -11,7 +11,10 @@ import pytest
 import scipy.special
 
 from bert_jax import cli, evaluate, optimizer, partition, train
+from bert_jax import run as run_parts
 from bert_jax.cli import UserError
+from bert_jax.data import examples
+from bert_jax.formats import pretrained as sources
 from bert_jax.model import model as model_parts
 from bert_jax.model import relations
 from bert_jax.tpu import compiled
@@ -218,3 +221,34 @@ def test_a_teacher_is_part_of_a_compiled_steps_memory_and_lies_as_parameters_do(
     state = train.TrainState(jnp.int32(0), {'w': np.zeros(200_000, np.float32)}, {'m': np.zeros(100_000, np.float32)})
     assert partition.automatic_shape(state, [many] * 4) == [-1, 2, 1]
     assert partition.automatic_shape(state, [many] * 4, fixed={'w': np.zeros(500_000, np.float32)}) == [-1, 4, 1]
+
+
+def test_a_student_learns_the_relations_of_a_trained_teacher_on_real_text(store, pretrained):
+    """Held-out relation loss, from a store's own stream; the mapping of ids is made from the pieces of both."""
+    source = sources.load(str(pretrained))
+    with source.config.unlocked():
+        source.config.targets = {}
+    teaching = model_parts.build(source.config, relations.reads(2))
+    ids = relations.map_ids(store.tokenizer.pieces, source.tokenizer.pieces, str(pretrained))
+    fixed = {'params': jax.tree.map(jnp.asarray, {part: source.params[part] for part in ('embeddings', 'encoder')}),
+             'ids': jnp.asarray(ids, jnp.int32)}
+    c = cli.load_config('configs/pretrain.py:tiny,no_nsp', ['--config.model.encoder.num_layers=1'])
+    c.model.embeddings.vocab_size = store.tokenizer.vocab_size
+    c.model.targets = {'relations': {'num_heads': 4, 'layer': -1, 'weight': 1.0}}
+    model, annotate = model_parts.build(c.model), relations.teaching(teaching, 2)
+    train_on, score_on = (examples.mixed([split], store.tokenizer, 0, 64, **c.examples)
+                          for split in (store.train, store.held_out))
+    beside = {'fixed': {train.SOURCE: fixed}, 'annotate': {train.SOURCE: annotate}}
+    assembled = run_parts.assemble(c, model, train_on.batch(0, 8), **beside)
+    step = evaluate.make_loss_step(model, assembled.mesh, annotate)
+    made = [score_on.evaluation_batch(0, 16, 16)]
+
+    def held_out(params):
+        return evaluate.evaluate(lambda p, b: step(p, b, fixed), params, made, assembled.mesh)['relations/loss']
+
+    state = assembled.init(0)
+    before = held_out(state.params)
+    for number in range(40):
+        parts = {train.SOURCE: train_on.batch(number, 8)}
+        state, _ = assembled.step(state, parts, train.as_hyper(2e-3, WEIGHTS, 0), beside['fixed'])
+    assert held_out(state.params) < 0.7 * before
