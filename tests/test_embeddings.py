@@ -6,10 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import B, D, V
+from models import B, D, L, V, batch
 
 from bert_jax.metrics import cross_entropy
-from bert_jax.model.embeddings import TILE, BertEmbeddings
+from bert_jax.model.embeddings import EMBEDDINGS, TILE, BertEmbeddings
+
+SETTINGS = {'bert': {'vocab_size': V, 'hidden_size': D, 'max_length': 16, 'num_segments': 2, 'dropout_rate': 0.4}}
+
+
+@pytest.mark.parametrize('name', EMBEDDINGS)
+def test_the_contract_of_embeddings(name):
+    """A vector a token that follows id, place and segment; dropout in training alone; logits of no padded token."""
+    embeddings, example = EMBEDDINGS[name](**SETTINGS[name]), batch()
+    params = jax.tree.map(lambda x: x + 0.1, embeddings.init(jax.random.key(0), example, train=False))
+    x = embeddings.apply(params, example, train=False)
+    assert x.shape == (B, L, embeddings.hidden_size) and embeddings.vocab_size == V
+    for field in ('input_ids', 'position_ids', 'segment_ids'):
+        other = example | {field: np.roll(example[field], 1, axis=1)}
+        moved = np.abs(embeddings.apply(params, other, train=False) - x).max(-1) > 1e-6
+        np.testing.assert_array_equal(moved, other[field] != example[field])
+    dropped = embeddings.apply(params, example, train=True, rngs={'dropout': jax.random.key(0)})
+    assert abs((dropped == 0).mean() - 0.4) < 0.03
+    logits = embeddings.apply(params, x, jnp.zeros(128), method='attend')
+    assert logits.shape == (B, L, 128) and (logits[..., V:] < -1e8).all() and np.isfinite(logits).all()
+    assert max(SETTINGS[name]['max_length'], 16) == embeddings.max_length and embeddings.num_segments == 2
 
 
 def made(length):
