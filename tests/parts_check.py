@@ -12,13 +12,9 @@ from bert_jax import optimizer, partition, train
 from bert_jax.cli import UserError
 from bert_jax.model import model as model_parts
 
-CASES = {
-    'one device': ((1, 1, 1), 1),
-    'data': ((8, 1, 1), 1),
-    'fsdp': ((1, 8, 1), 1),
-    'both': ((2, 4, 1), 1),
-    'micro-batches': ((4, 1, 1), 2),
-}
+ONE = {'one device': ((1, 1, 1), 1)}
+LM = ONE | {'data and fsdp': ((2, 4, 1), 1), 'micro-batches': ((4, 1, 1), 2)}
+TEACHERS = ONE | {'fsdp': ((2, 4, 1), 1), 'all axes, micro-batches': ((2, 2, 2), 2)}
 
 
 def build():
@@ -56,8 +52,8 @@ def sizes(state):
 
 
 def main():
-    found = {'lm': {name: run(*case) for name, case in CASES.items()},
-             'teachers': {name: taught(*case) for name, case in (CASES | {'tensor': ((2, 2, 2), 1)}).items()}}
+    found = {'lm': {name: run(*case) for name, case in LM.items()},
+             'teachers': {name: taught(*case) for name, case in TEACHERS.items()}}
     try:
         run((4, 1, 2), 1)
     except UserError as error:

@@ -392,7 +392,7 @@ def test_a_batch_that_cannot_be_cut_names_one_that_can():
 
 def test_unknown_masking_lists_the_known(store):
     source = dataclasses.replace(make(store), masking='wholeword')
-    with pytest.raises(UserError, match="Unknown masking 'wholeword'; known: whole_word, token"):
+    with pytest.raises(UserError, match="Unknown masking 'wholeword'; known: whole_word, none, token"):
         source.make(0, np.arange(1))
 
 

@@ -1,7 +1,6 @@
 """Model = embeddings, encoder, targets; `build` makes it from a config."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,7 +125,6 @@ def _run(config: ConfigDict) -> Run:
     for key in config:
         if key not in known:
             raise unknown('model.run key', key, known)
-    cli.check_range('model.run.unroll', config.unroll, 1, math.inf)
     return Run(**config.to_dict() | {'dtype': choose('dtype', DTYPES, config.dtype)})
 
 

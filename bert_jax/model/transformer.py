@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from bert_jax import partition
-from bert_jax.cli import UserError, choose
+from bert_jax.cli import UserError, check_range, choose
 from bert_jax.model import parts
 from bert_jax.model.layers import ACTIVATIONS, DENSE, KEPT, Attention, Dropout, LayerNorm, Mlp
 from bert_jax.model.parts import Batch, Encoded, Read, Run
@@ -84,6 +84,7 @@ class Transformer(nn.Module):
 
     def check(self, input_size: int) -> None:
         """Refuses values that are unknown or do not fit each other, or D = `input_size`."""
+        check_range('model.run.unroll', self.run.unroll, 1, math.inf)
         choose('activation', ACTIVATIONS, self.activation)
         choose('sees', SEES, self.sees)
         choose('kernel', KERNELS, self.run.kernel)
