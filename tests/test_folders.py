@@ -439,7 +439,7 @@ def test_heads_that_need_no_pooler_have_none(folder):
 def test_a_head_that_is_not_there_is_said(folder, capsys):
     source = folder('BertModel')
     spoil_config(architectures=['BertForMaskedLM'])(source)
-    assert not pretrained.load(source).model.targets
+    assert not pretrained.load(source).config.targets
     assert 'BertForMaskedLM' in capsys.readouterr().err
 
 
@@ -585,7 +585,7 @@ def test_a_roberta_without_its_names(unnamed_roberta):
 
 def test_a_bert_without_its_names_is_one(folder):
     source = without(folder(), 'architectures', 'model_type', 'pad_token_id')
-    assert set(pretrained.load(source).model.targets) == {'mlm', 'nsp'}
+    assert set(pretrained.load(source).config.targets) == {'mlm', 'nsp'}
 
 
 @pytest.mark.parametrize('start', ['roberta', 'distilbert', 'module.bert', 'electra'])

@@ -28,7 +28,8 @@ def run_on_all_meshes(path):
 
 
 def printed_with_8_devices(script):
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu',
+    # Threads for all collectives that may wait at once: of as few as cores, all could wait for one that has none.
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'NPROC': '32',
                         'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=8'}
     done = subprocess.run([sys.executable, script], cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

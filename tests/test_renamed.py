@@ -73,7 +73,7 @@ def test_a_workdir_begun_before_is_gone_on_with_and_read(store_path, pretrained,
     shutil.rmtree(work / 'checkpoints/00000010')
     described = json.loads((work / 'config.json').read_text())
     (work / 'config.json').write_text(json.dumps(as_before(described)))
-    model = sources.load(str(work)).model
+    model = sources.load(str(work)).config
     assert (
         model.run.unroll == described['model']['run']['unroll']
         and 'dtype' not in model
