@@ -2,7 +2,7 @@
 
     python benchmarks/page.py --figures runs/benchmarks --output docs/benchmarks.md
 
-The figures go to docs/benchmarks.json beside what is there, so sections may come from several machines.
+The figures go to docs/benchmarks.json in addition to what is there, so sections may come from several machines.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import statistics
 SECTIONS = {  # title, what is aimed at, what the figures below come to and why
     'train_base': ('A training step of BERT-base on a CPU',
                    'Aims: 1.5 times `eager`, 1.25 times `eager_masked`, better 1.75 times; 75 % of the matmul peak.',
-                   'What one is ahead by hangs on the processor ([log.md](log.md), 2026-11-22): where products run at 0.07 TFLOP/s, `eager_masked` is at '
+                   'How far ahead one is depends on the processor ([log.md](log.md), 2026-11-22): where products run at 0.07 TFLOP/s, `eager_masked` is at '
                    '80 % of the peak itself, and nobody can be 1.25 times ahead of it; where they ran at 0.19, we were 1.76 and 1.26 times.'),
     'train_base_tuned': ('The same against tuned peers', '', "`compiled_masked` is `torch.compile`'s, `eager_masked_kept` has our own setting of glibc."),
     'train_base_bf16': ('The same in bfloat16', '', 'The peers run under autocast. Meant for processors that multiply bfloat16.'),
@@ -22,7 +22,7 @@ SECTIONS = {  # title, what is aimed at, what the figures below come to and why
     'gpu': ('On a GPU', 'Aims on an H200: BERT-large at length 128 without dropout on attention 45 % MFU, BERT-base 40 %; both 1.2 times '
                         '`compiled_masked`.', ''),
     'packed_128': ('Packing at length 128', 'Aim: 98 % real tokens (under "The input pipeline").',
-                   'Real examples of the store: several in a row beside one in a row.'),
+                   'Real examples of the store: several in a row compared with one in a row.'),
     'packed_512': ('Packing at length 512', '', ''),
     'prepare': ('Text to token store', 'Aim: 8 MB/s.',
                 'In 60 MB each worker sees some 400,000 words for the first time. Half of its time goes into looking words up, the rest into first '
@@ -37,7 +37,7 @@ SECTIONS = {  # title, what is aimed at, what the figures below come to and why
     'predict': ('Prediction', '', 'Short texts share rows. The peer is shown with three sizes of batch.'),
     'finetune': ('Fine-tuning', 'Aim: 1.2 times `trainer`, which pads to the longest of a batch and groups by length.',
                  'Not reached where products run at 0.07 TFLOP/s: they take three quarters of a step, at 95 % of the peak, compilation takes a twentieth of the '
-                 'epoch, and the peer spends as little beside its products. What was tried: [log.md](log.md), 2026-11-22 and 2026-11-26.'),
+                 'epoch, and the peer spends as little on the rest. What was tried: [log.md](log.md), 2026-11-22 and 2026-11-26.'),
 }
 HEADER = """# Benchmarks
 
@@ -98,7 +98,7 @@ def draw(found, path):
     axes.set_yticks([at for at, _ in names], [name for _, name in names], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("model FLOPs of real tokens, % of the machine's matmul peak; seconds a step beside them")
+    axes.set_xlabel("model FLOPs of real tokens, % of the machine's matmul peak; seconds a step next to them")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     return True

@@ -3,7 +3,7 @@
     python benchmarks/results.py --data "$DATA" --mini runs/mini --cased runs/cased --output runs/results [--only cola,mrpc]
 
 $DATA holds glue/, squad/, ner/, multichoice/, and pretrain/ for the two models, whose commands the page has. Runs that are
-finished are not repeated. What they came to goes to docs/results.json beside what is there, and the page is written from it,
+finished are not repeated. Their scores are added to docs/results.json, and the page is written from it,
 so rows may come from several machines, and the page can be made again at any time.
 """
 
@@ -59,7 +59,7 @@ ROWS = [  # name, config, settings; of every model that is given
     ('conll2003', 'conll2003', [*CONLL, '--config.schedule.peak=2e-4']),
     *((f'conll2003_{features}', 'conll2003', [*CONLL, f'--config.task.features={features}', *FROZEN])
       for features in tasks.FEATURES)]
-BESIDE = {'mrpc': ['accuracy'], 'squad1': ['exact'], 'squad2': ['exact']}  # scores shown beside the task's own
+BESIDE = {'mrpc': ['accuracy'], 'squad1': ['exact'], 'squad2': ['exact']}  # scores shown with the task's own
 SEEDS = {'cola': 5}  # of runs of less than five minutes; else 3
 
 
@@ -131,7 +131,7 @@ def run(args, name, task, model, start, settings, scratch):
 HEADER = """# Results
 
 Written by `benchmarks/results.py`: mean, standard deviation and range over seeds, on dev, of each run's checkpoint that is best there. Random weights are the
-same model, data and settings with `--config.from_scratch=True`. What can be scored without reading stands beside: always the most frequent label, the label (or
+same model, data and settings with `--config.from_scratch=True`. The table also has what can be scored without reading: always the most frequent label, the label (or
 mean) of the training rows of the same length, the longest choice, the first sentence, never an answer, each word's most frequent tag. The six rows of features are those
 of Devlin et al. (2019), table 7, under a BiLSTM of 768, 384 in each direction, for one epoch. Learning rates were chosen beforehand, by a few
 runs on dev, GLUE's and SQuAD's with BERT-mini; every model takes the same. Minutes are those of the training steps, at the median rate, on one core of a machine that did other things too.

@@ -47,7 +47,7 @@ class Checkpoints:
     Args:
       folder: where they are; may be gs://.
       keep: how many of the newest to keep.
-      best: a score whose highest step is kept besides, e.g. 'dev/accuracy'.
+      best: a score whose highest step is kept as well, e.g. 'dev/accuracy'.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 3, best: str = '') -> None:

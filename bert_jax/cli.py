@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bert_jax import renamed
 
-RESTART = 75  # exit code: nothing is wrong, the same command goes on (EX_TEMPFAIL)
+RESTART = 75  # exit code: nothing is wrong, the same command resumes (EX_TEMPFAIL)
 
 
 class UserError(Exception):
@@ -84,7 +84,7 @@ def parser(doc: str, **kwargs: Any) -> argparse.ArgumentParser:
 def parse_with_config(
     arguments: argparse.ArgumentParser, argv: list[str] | None = None
 ) -> tuple[argparse.Namespace, ConfigDict]:
-    """Parses `--config FILE[:ARG]` and its `--config.key=value` overrides beside the other arguments."""
+    """Parses `--config FILE[:ARG]` and its `--config.key=value` overrides, and the other arguments."""
     group = arguments.add_argument_group('config')
     group.add_argument('--config', metavar='FILE[:ARG]', required=True,
                        help='a Python file with get_config(arg), for example configs/pretrain.py:tiny')

@@ -6,7 +6,7 @@
 The real step with the real shardings goes through the real TPU compiler, once for each phase of the config. Memory
 and collectives are read from the compiled program. The time is an estimate: each fusion takes the longest of its
 products at the peak, its bytes at the memory's bandwidth, and the compiler's own count of cycles; loops count as often
-as they run; copies and collectives that run beside others cost what is waited for. JUDGED says how far it is off where
+as they run; copies and collectives that overlap others cost what is waited for. JUDGED says how far it is off where
 the truth is known.
 
 Needs `pip install -r requirements-tpu.txt`; runs on any machine.

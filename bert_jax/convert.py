@@ -61,7 +61,7 @@ def convert(source: str, target: str, form: str, name: str = '', licence: str = 
 
 
 def write_whole(model: Pretrained, folder: pathlib.Path, form: str, name: str, licence: str) -> None:
-    """Writes beside `folder` and renames at the end."""
+    """Writes next to `folder` and renames at the end."""
     with paths.whole_folder(folder) as partial:
         if form == 'hf':
             huggingface.write(model, partial, name, licence)

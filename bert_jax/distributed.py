@@ -181,19 +181,19 @@ _last_sign = [0.0]  # when this process last went on
 
 
 def _watch(seconds: float) -> None:
-    """Ends the process when nothing has gone on for so long, from joining to the end.
+    """Ends the process when there was no progress for so long, from joining to the end.
 
     A process whose main thread hangs still has a heartbeat, so the others would wait for it without end.
     """
     _last_sign[0] = time.monotonic()
     while time.monotonic() - _last_sign[0] <= seconds:
         time.sleep(min(seconds / 10, 10))
-    _say_and_exit(f'nothing has gone on for {seconds:g} s (--stall_seconds): a process hangs, here or elsewhere. Give '
+    _say_and_exit(f'no progress for {seconds:g} s (--stall_seconds): a process hangs, here or elsewhere. Give '
                   'the same command again on all of them: it resumes.', cli.RESTART)
 
 
 def watched(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, each a sign that this process goes on."""
+    """The same batches, each a sign of progress of this process."""
     for batch in batches:
         _last_sign[0] = time.monotonic()
         yield batch

@@ -5,7 +5,7 @@
 
 The folder holds a serialised jax.export program for each length, each for cpu, cuda and tpu and for any batch
 size; the weights; the tokenizer's files; the label names; and example.py, which needs jax and the tokenizer's
-library only (flatbuffers, with which jax.export reads programs, lies beside it). A text longer than the longest
+library only (flatbuffers, with which jax.export reads programs, is copied with them). A text longer than the longest
 length is cut to it.
 """
 

@@ -5,7 +5,7 @@
 
 Texts are one a line (a pair with a tab between), JSON lines {"text", "text_pair"} or tables, read as predict reads
 them. The output is a folder of parts of --part_size texts each; a part appears whole, and a run that was interrupted
-goes on after the last one.
+continues after the last one.
 
 Layers: embeddings; 1 to N, or -1 (the last), -2, ...; sum_last4 (a plain sum); concat_last4. A list that begins with
 a minus needs an equals sign: --layers=-2,-1. In each part, text number i has

@@ -310,7 +310,7 @@ def _outputs(job: Job, split: str, params: Any, batch_size: int) -> tuple[dict[s
 
 def _finish(job: Job, split: str, params: Any, results: dict[str, float], batch_size: int, folder: epath.Path
             ) -> dict[str, float]:
-    """Writes the predictions of one split; returns what its labels say of them beside the best checkpoint's scores."""
+    """Writes the predictions of one split; returns their scores by its labels, added to the best checkpoint's."""
     task, rows, module, data = job.task, job.task.splits[split], job.kind.module, job.tokenized[split]
     if 'dev/null_threshold' in results:
         task = dataclasses.replace(task, settings=task.settings | {'null_threshold': results['dev/null_threshold']})

@@ -46,7 +46,7 @@ def make_mesh(shape: tuple[int, ...], state: Any = None, devices: Sequence[jax.D
       state: a TrainState, or its shapes; for ().
       devices: default: JAX's own.
       accumulation: micro-batches, while which each device has parameters and gradients whole; for ().
-      fixed: arrays beside the state, such as a teacher's parameters; for ().
+      fixed: arrays that are no part of the state, such as a teacher's parameters; for ().
 
     Raises:
       UserError: sizes that do not multiply up to the devices.

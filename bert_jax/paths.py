@@ -102,7 +102,7 @@ def append(path: epath.Path, content: str | bytes) -> None:
                 out.write(content)
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror or error}). Put that right (a full disk?) and '
-                        'give the same command again: it goes on from the last checkpoint.') from error
+                        'give the same command again: it resumes from the last checkpoint.') from error
 
 
 def check_new(path: str, option: str) -> pathlib.Path:

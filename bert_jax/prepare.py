@@ -11,7 +11,7 @@ Inputs (several globs, files ending in .gz are unpacked on the fly):
   tfds:NAME     a TensorFlow dataset, for example tfds:wikipedia/20230601.en
   stdlib:       the docstrings of this Python: a small corpus that is always at hand
 
-Killed and started again, it goes on where it was. The same input gives the same bytes, whatever the
+Killed and started again, it resumes where it was. The same input gives the same bytes, whatever the
 number of workers. Documents go to the held-out side by a hash of their text.
 """
 
@@ -79,7 +79,7 @@ def reader_from(args: Any) -> corpora.Reader:
 
 def prepare(inputs: Iterable[str], tokenizer_path: str, output: str, reader: corpora.Reader,
             held_out: float = 0.01, workers: int = 1) -> store.Store:
-    """Writes the token store `output`, or goes on with it; returns it opened.
+    """Writes the token store `output`, or continues it; returns it opened.
 
     Raises:
       UserError: bad input, or a folder that holds something else.
@@ -124,11 +124,11 @@ def _write_store(writer: '_Writer', tok: tokenizer.Tokenizer, names: list[str], 
     except OSError as error:
         raise paths.disk_error(path, error) from error
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError(f'{path}: a worker process died (out of memory?); the same command goes on from here, '
+        raise UserError(f'{path}: a worker process died (out of memory?); the same command resumes from here, '
                         'with fewer --workers if need be.') from error
 
 
-UNKNOWN, PARAGRAPHS, SINGLE = 0.05, 0.2, 0.5  # shares above which something is said
+UNKNOWN, PARAGRAPHS, SINGLE = 0.05, 0.2, 0.5  # shares above which there is a note
 
 
 def _notes(counts: collections.Counter, held_out: float) -> Iterator[str]:
@@ -273,7 +273,7 @@ class _Writer:
                 raise UserError(f'{path}: begun by another version of bert_jax; delete it and start again.')
             self._open(begun['sizes'])
             self.blocks, self.counts = begun['blocks'], collections.Counter(begun['counts'])
-            print(f'{path}: going on after {self.blocks} blocks.')
+            print(f'{path}: resuming after {self.blocks} blocks.')
         else:
             path.mkdir(parents=True, exist_ok=True)
             self._open({})

@@ -101,7 +101,7 @@ RANGES = {'save_every': (1, math.inf), 'eval_every': (1, math.inf), 'eval_exampl
           'examples.mask_rate': (0.001, 1), 'examples.short_rate': (0, 1)}
 
 
-LARGEST_BATCH = 1 << 20  # rows; a mistyped size would fill the memory before anything is said
+LARGEST_BATCH = 1 << 20  # rows; a mistyped size would fill the memory before any message
 
 
 class Phase(NamedTuple):
@@ -241,7 +241,7 @@ def _make_batch(source: examples.Stream, phase: Phase, rows: np.ndarray, step: i
 
 def make_evaluator(config: ConfigDict, data: store.Store, model: models.Model, mesh: jax.sharding.Mesh,
                    phases: list[Phase]) -> Callable[[int, Any], dict[str, float]]:
-    """(step, params) -> held-out metrics at the length of that step's phase, the unigram model's beside them."""
+    """(step, params) -> held-out metrics at the length of that step's phase, and the unigram model's."""
     loss_step, devices = evaluate.make_loss_step(model, mesh), partition.data_devices(mesh)
     batch_size = -(-config.eval_batch_size // devices) * devices  # what fills up the last batch weighs nothing
 
@@ -258,7 +258,7 @@ def make_evaluator(config: ConfigDict, data: store.Store, model: models.Model, m
         return evaluate.evaluate(loss_step, params, made, mesh) | unigram
 
     for phase in phases:
-        held_out(phase.max_length)  # what is wrong with the held-out side is said now, not hours later
+        held_out(phase.max_length)  # what is wrong with the held-out side is reported now, not hours later
     return evaluator
 
 

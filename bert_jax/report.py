@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def table(run: pathlib.Path) -> list[str]:
-    """Each result beside what it has to beat."""
+    """Each result next to what it has to beat."""
     found = _results(run / 'pretrain')
     held_out = {name.removeprefix('held_out/'): value for name, value in found.items()}
     rows = [('held-out masked-word loss (nats)', held_out['mlm/loss'], 'unigram model', held_out['mlm/unigram_loss']),

@@ -15,7 +15,7 @@ from bert_jax.cli import UserError
 from bert_jax.data import batches
 from bert_jax.model import model as models
 
-OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack or have besides
+OPTIONAL = ('pooler/', 'targets_')  # what a checkpoint may lack, or have in addition
 
 
 @dataclasses.dataclass(frozen=True)

@@ -289,7 +289,7 @@ def fit(state: TrainState, step: Callable, batches: Iterator[Parts], schedule: S
             checkpoints.save(done, state, scores)
         if stopping:
             checkpoints.wait()
-            raise Stopped(f'Told to stop: step {done} of {num_steps} is saved. Give the same command again to go on.')
+            raise Stopped(f'Told to stop: step {done} of {num_steps} is saved. Give the same command again to resume.')
         clock = time.monotonic()
     bar.close()
     checkpoints.wait()
@@ -308,6 +308,6 @@ def _must_be_finite(window: list[dict[str, Mean]], done: int, checkpoints: Check
 
 
 def as_hyper(learning_rate: float, weights: Mapping[str, float], seed: int) -> dict[str, Any]:
-    """What a step takes beside state and batch, as arrays: runs that differ in these alone share one program."""
+    """What a step takes besides state and batch, as arrays: runs that differ in these alone share one program."""
     return {'learning_rate': np.float32(learning_rate), 'seed': np.uint32(seed),
             'weights': {name: np.float32(weight) for name, weight in weights.items()}}

@@ -26,7 +26,7 @@ from bert_jax import checkpoint, cli, distributed, lock, paths, renamed
 from bert_jax.cli import UserError
 from bert_jax.data import tokenizer as tokenizers
 
-# Where and how a run is computed, not what: these may change when it goes on.
+# Where and how a run is computed, not what: these may change when it resumes.
 MACHINE = ('store', 'mesh', 'pipeline', 'accumulation', 'eval_batch_size', 'remat', 'model.run.unroll',
            'model.run.remat', 'model.run.kernel')
 TEST_ONLY = ('task.test_file', 'model.targets.multiple_choice.num_choices')  # of what is predicted, not learned

@@ -6,7 +6,7 @@
 #
 # A twentieth of the documents is held out to score by; of fewer than about a hundred, --held_out 0.2 takes more.
 # Results go to runs/quickstart (runs/quickstart_own for your own text; --run DIR for another place).
-# Called again it goes on where it stopped and repeats nothing that is finished.
+# Called again it resumes where it stopped and repeats nothing that is finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -11,7 +11,7 @@
 #
 # --zone Z and --project P with each, or ZONE and PROJECT, or gcloud's own defaults; --dry_run prints every gcloud call.
 # `run` copies this checkout to every worker, the store to every worker's disk, and starts the same pretrain command on all of
-# them. It then watches: when a slice is taken away, it asks for the same once more and goes on from the last checkpoint.
+# them. It then watches: when a slice is taken away, it asks for the same once more and resumes from the last checkpoint.
 # --detach leaves it alone. Several workers: ssh-add ~/.ssh/google_compute_engine first, or gcloud reaches none of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -108,7 +108,7 @@ pack() { # this checkout as it is now: a run keeps its code, whatever becomes of
 
 setup() {
   qr scp "$archive" bert_jax.tar.gz --node=all --worker=all || fail "$name: the code did not reach every worker."
-  # a run that goes on keeps its code; else nothing of an older copy stays but what was installed
+  # a run that resumes keeps its code; else nothing of an older copy stays but what was installed
   everywhere 'mkdir -p bert_jax/run && { bash bert_jax/launch/worker.sh status 2> /dev/null | grep -qx running ||
     { find bert_jax -mindepth 1 -maxdepth 1 ! -name run ! -name .venv -exec rm -rf {} + && tar xzf bert_jax.tar.gz -C bert_jax; }; } &&
     bash bert_jax/launch/worker.sh setup' ||
@@ -153,7 +153,7 @@ watch() { # until the run has ended; asks for a new slice when this one is gone
           *dead*) say "the run is gone from a worker (a reboot?); starting it again"; persist "$@" ;;
           *running*) ;;
           *failed*) everywhere 'bash bert_jax/launch/worker.sh tail' || true; fail "the run failed on a worker (above). $costs" ;;
-          *stopped*) say "the run was stopped; the same command goes on. $costs"; return ;;
+          *stopped*) say "the run was stopped; the same command resumes. $costs"; return ;;
           *finished*) say "the run has finished: $workdir. $costs"; return ;;
           *)
             silent=$((silent + 1))
@@ -161,10 +161,10 @@ watch() { # until the run has ended; asks for a new slice when this one is gone
             [ "$silent" -lt "$patience" ] || fail "no answer $silent times in a row. $costs" ;;
         esac ;;
       SUSPENDING | SUSPENDED | FAILED)
-        if given_back; then say "$name was given back; the run goes on with the same command on another"; return; fi
+        if given_back; then say "$name was given back; the same command resumes the run on another"; return; fi
         say "$name was taken away; asking for another, to go on from the last checkpoint"
         again "$@" ;;
-      DELETING) say "$name is being deleted; the run goes on with the same command on another"; return ;;
+      DELETING) say "$name is being deleted; the same command resumes the run on another"; return ;;
       *)
         silent=$((silent + 1))
         [ "$silent" -lt "$patience" ] || fail "gcloud does not say what $name is, $silent times in a row. Was it deleted? If not, it costs." ;;
@@ -218,7 +218,7 @@ case $action in
       found=$(statuses) || found=''
       case $found in
         '' | *running*) sleep "$poll" ;;
-        *'stopped with'* | *failed*) fail "stopped, but the run had not saved: $found. The last checkpoint is where it goes on." ;;
+        *'stopped with'* | *failed*) fail "stopped, but the run had not saved: $found. It resumes from the last checkpoint." ;;
         *stopped*) say 'stopped; a checkpoint is saved'; exit ;;
         *) say 'nothing is running there'; exit ;;
       esac

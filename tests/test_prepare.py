@@ -82,7 +82,7 @@ def test_killed_and_started_again_it_goes_on(vocab, tmp_path):
         process.wait()
     result = run_module('prepare', *args, '--output', output)
     assert result.returncode == 0, result.stderr
-    assert 'going on after 8 blocks' in result.stdout
+    assert 'resuming after 8 blocks' in result.stdout
     assert contents(output) == contents(tmp_path / 'whole')
     assert 'already complete' in call_module('prepare', *args, '--output', output).stdout
 
@@ -193,7 +193,7 @@ def test_bad_utf8_late_in_the_input_goes_on_with_errors_replace(corpus, vocab, t
     with pytest.raises(UserError, match='--errors replace'):
         prepare.prepare(*args, str(tmp_path / 'store'), corpora.Reader())
     prepare.prepare(*args, str(tmp_path / 'store'), corpora.Reader(errors='replace'))
-    assert 'going on after' in capsys.readouterr().out
+    assert 'resuming after' in capsys.readouterr().out
     prepare.prepare(*args, str(tmp_path / 'whole'), corpora.Reader(errors='replace'))
     assert contents(tmp_path / 'store') == contents(tmp_path / 'whole')
     with pytest.raises(UserError, match='another reader'):

@@ -158,13 +158,13 @@ watch = lambda: threading.Thread(target=distributed._watch, args=(0.5,), daemon=
 @pytest.mark.parametrize(
     'code, exit_code, words',
     [
-        ('watch()\nfor _ in distributed.watched(iter([1, 2])): time.sleep(60)', 75, 'nothing has gone on for 0.5 s'),
+        ('watch()\nfor _ in distributed.watched(iter([1, 2])): time.sleep(60)', 75, 'no progress for 0.5 s'),
         (
             'watch()\nfor _ in distributed.watched(time.sleep(60) for _ in [1]): pass',
             75,
-            'nothing has gone on for 0.5 s',
+            'no progress for 0.5 s',
         ),
-        ('watch()\ntime.sleep(60)', 75, 'nothing has gone on for 0.5 s'),
+        ('watch()\ntime.sleep(60)', 75, 'no progress for 0.5 s'),
         ('with distributed.exit_when_others_are_gone(): {}["what"]', 1, "KeyError: 'what'"),
         (
             'with distributed.exit_when_others_are_gone(): raise UserError("the disk\\nis full")',
@@ -330,7 +330,7 @@ def test_one_process_told_to_stop_saves_and_goes_on(store_path, reference, tmp_p
     wait_for_step(hosts, tmp_path / 'work', 3)
     hosts.processes[0].send_signal(signal.SIGTERM)
     (done,) = hosts.wait()
-    assert done.returncode == 75 and 'Give the same command again to go on' in done.stderr
+    assert done.returncode == 75 and 'Give the same command again to resume' in done.stderr
     (done,) = Hosts(tmp_path, store_path, tmp_path / 'work', 1).wait()
     assert done.returncode == 0, done.stderr
     assert_same_course(tmp_path / 'work', reference)

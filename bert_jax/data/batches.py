@@ -22,7 +22,7 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 @functools.cache
 def import_tensorflow() -> threading.Thread:
-    """Begins to import tensorflow, which takes seconds, beside whatever the caller does; only once."""
+    """Begins to import tensorflow, which takes seconds, while the caller goes about its work; only once."""
     def load() -> None:
         with contextlib.suppress(ImportError):  # said by who needs it
             importlib.import_module('tensorflow')
@@ -35,7 +35,7 @@ def import_tensorflow() -> threading.Thread:
 def tf_stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     """`make(step)` for step in start..stop-1, in order, through tf.data: parallel and prefetched.
 
-    The first ones come without it, so that the first step need not wait: tensorflow is imported beside the next ones.
+    The first ones come without it, so that the first step need not wait: tensorflow is imported during the next ones.
     Where the stream ends earlier, or is closed, that import is waited for: a process that ends within it only crashes.
     """
     begun, importing = start, None

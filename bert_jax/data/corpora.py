@@ -82,7 +82,7 @@ class Reader:
       text_format: 'sentences' (one a line, blank line between documents) or 'paragraphs' (a line is a
         paragraph, sentences found by punctuation, blank line between documents).
       text_column: where JSON lines, Parquet and TFDS keep the text; one record is one document.
-      errors: 'strict' stops at invalid UTF-8, 'replace' goes on with U+FFFD.
+      errors: 'strict' stops at invalid UTF-8, 'replace' puts U+FFFD there.
     """
 
     text_format: str = 'sentences'
@@ -208,7 +208,7 @@ def _decode(block: Block, reader: Reader) -> str:
         line = block.line + block.content.count(b'\n', 0, error.start)
         text = block.content.decode('utf-8', 'replace')
         bad = text.count('\ufffd')
-        advice = '--errors replace goes on with U+FFFD in its place'
+        advice = '--errors replace puts U+FFFD in its place'
         if bad >= FEW_BAD and bad > MOST_BAD * len(text):
             advice = f'{bad / len(text):.0%} of what follows is not: iconv -f ENCODING -t UTF-8 makes it UTF-8'
         raise UserError(f'{block.source}:{line}: not valid UTF-8 ({error.reason}); {advice}.') from error
@@ -253,7 +253,7 @@ def _json_documents(block: Block, reader: Reader) -> Iterator[list[str]]:
         try:
             text = record[reader.text_column].encode('utf-8', 'surrogatepass').decode('utf-8', reader.errors)
         except UnicodeDecodeError as error:  # half of a surrogate pair, as some dumps have
-            raise UserError(f'{where}: not valid UTF-8 ({error.reason}); --errors replace goes on.') from error
+            raise UserError(f'{where}: not valid UTF-8 ({error.reason}); --errors replace accepts it.') from error
         yield _text_sentences(text)
 
 
@@ -333,7 +333,7 @@ def _tfds_texts(name: str, records: Iterable[dict[str, Any]], reader: Reader) ->
         try:
             yield text.decode('utf-8', reader.errors)
         except UnicodeDecodeError as error:
-            raise UserError(f'{name}, record {number}: not valid UTF-8 ({error.reason}); --errors replace goes on.'
+            raise UserError(f'{name}, record {number}: not valid UTF-8 ({error.reason}); --errors replace accepts it.'
                             ) from error
 
 

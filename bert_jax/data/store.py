@@ -98,7 +98,7 @@ def read_info(path: pathlib.Path) -> dict[str, Any]:
     file = path / 'store.json'
     if not file.exists():
         raise UserError(f'{path}: no finished store there; make one with python -m bert_jax.prepare '
-                        '(the same command goes on with an unfinished one).')
+                        '(the same command continues an unfinished one).')
     try:
         text = file.read_text()
         info = json.loads(text)

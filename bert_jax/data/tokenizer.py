@@ -29,7 +29,7 @@ FILES = ('tokenizer.json', 'vocab.txt')  # and *.model, before either
 BERT_WORDPIECE = {'unk_token': '[UNK]', 'continuing_subword_prefix': '##', 'max_input_chars_per_word': 100,
                   'clean_text': True}
 CACHE_BYTES = 200 << 20  # of words and their ids
-WORD_BYTES = 200         # what a cached word costs besides its characters
+WORD_BYTES = 200         # what a cached word costs in addition to its characters
 LONGEST_WORD = 64        # characters; a longer chunk (a line without spaces, as Chinese has) will not come again
 ascii_words = re.compile('[A-Za-z0-9]+|.').findall  # how BERT cuts printable ASCII without spaces
 
@@ -40,7 +40,7 @@ class Tokenizer:
     Attributes:
       pieces: the V vocabulary entries, in id order.
       pad_id, unk_id, cls_id, sep_id, mask_id: the special ids.
-      word_starts: bool [V], False for a piece that goes on with the word before it.
+      word_starts: bool [V], False for a piece that continues the word before it.
       regular_ids: int32, every id that is not special: what a random replacement is drawn from.
       kind: 'wordpiece' or 'sentencepiece'.
     """

@@ -71,7 +71,7 @@ def check_specials(file: epath.Path, settings: dict[str, Any], pieces: dict[str,
 
 
 def read_options(path: epath.Path, pieces: Sequence[str], settings: dict[str, Any]) -> dict[str, bool | None]:
-    """Of tokenizer_config.json, else BertTokenizer's; beside no file of transformers, the entries tell the case."""
+    """Of tokenizer_config.json, else BertTokenizer's; without a file of transformers, the entries tell the case."""
     capitals = any('A' <= c <= 'Z' for p in pieces if p[:1] != '[' for c in p)
     options = OPTIONS | {key: settings[key] for key in OPTIONS if key in settings}
     for key, value in options.items():

@@ -65,7 +65,7 @@ def _open_shards(index: pathlib.Path) -> dict[str, Stored]:
         raise UserError(f'{index}: a "weight_map" of tensors and their shards is expected.')
     for shard in shards.values():
         if not SHARD.fullmatch(str(shard)):
-            raise UserError(f'{index}: {shard!r} is not the name of a file beside it (.safetensors or .bin).')
+            raise UserError(f'{index}: {shard!r} is not the name of a file in the same folder (.safetensors or .bin).')
     found, where = {}, {}
     for shard in sorted(set(shards.values())):
         file = index.parent / shard

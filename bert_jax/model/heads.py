@@ -19,7 +19,7 @@ from bert_jax.model.parts import Batch, Encoded, Read, of_outputs
 
 
 def too_little(target: nn.Module, input_size: int, embeddings: nn.Module, contents: Mapping[str, float]) -> float:
-    """`flops` of a target that has few products beside the encoder's: not counted."""
+    """`flops` of a target that has few products compared with the encoder's: not counted."""
     return 0.0
 
 

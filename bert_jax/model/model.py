@@ -93,7 +93,7 @@ def build(config: ConfigDict, reads: tuple[Read, ...] = ()) -> Model:
 
     Args:
       config: a config's `model`.
-      reads: what a caller of `encode` reads of the encoder's layers, beside what targets do.
+      reads: what a caller of `encode` reads of the encoder's layers, in addition to targets.
 
     Raises:
       UserError: an unknown name or keyword, a value out of range, sizes that do not fit each other, an encoder that

@@ -2,7 +2,7 @@
 
 The contract of a target, a Linen module:
 
-    reads                                             what it reads beside the last layer's hidden vectors (parts.Read)
+    reads                                             what it reads besides the last layer's hidden vectors (parts.Read)
     sees                                              'both', or 'left': no position may have seen what is to its right
     losses(encoded, batch, embeddings, *, train)      -> {'loss': Mean, '<metric>': Mean, ...}
     outputs(encoded, batch, embeddings, *, train)     -> dict of arrays: what prediction reads

@@ -73,7 +73,7 @@ def read(name: str, folder: str) -> Task:
 
     The files of test splits may be missing. Rows of the wrong number of columns, which QQP has, are skipped and
     counted, the first of them named. MNLI's diagnostic set is `diagnostic.tsv`, in its folder or in a folder `AX` or
-    `diagnostic` beside it.
+    `diagnostic` next to it.
 
     Raises:
       UserError: no folder given, a missing file or column, a label that is not one (file and line).

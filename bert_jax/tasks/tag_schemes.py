@@ -63,7 +63,7 @@ def entities(words: Sequence[str], tags: Sequence[str], labels: Sequence[str] = 
     """Entities as seqeval (conlleval) reads them, of any scheme: IOB1, IOB2, IOBES, BILOU, BMES, also broken ones.
 
     Where no label begins with B or I and some have no prefix, runs of equal type are entities. Labels without a prefix
-    are types of their own where there is an O (X beside B- and I-); else (parts of speech, LABEL_0) they are none.
+    are types of their own where there is an O (X next to B- and I-); else (parts of speech, LABEL_0) they are none.
 
     Args:
       words, tags: of one sentence.
@@ -74,7 +74,7 @@ def entities(words: Sequence[str], tags: Sequence[str], labels: Sequence[str] = 
     labels = set(labels or tags)
     prefixed = {label for label in labels if PREFIXED.fullmatch(label)}
     if not (prefixed == labels - {'O'} or any(label[0] in 'BI' for label in prefixed)):
-        prefixed = set()  # E_MAIL beside PHONE is a type
+        prefixed = set()  # E_MAIL and PHONE is a type
 
     def like_seqeval(tag: str) -> str:
         if tag in prefixed:

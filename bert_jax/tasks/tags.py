@@ -129,7 +129,7 @@ def _sentence_column(file: str, rows: Rows, word_column: str, given: str) -> str
 
 
 def _by_sentence(rows: Rows, column: str) -> list[Rows]:
-    """Runs of rows: another value of the column begins a sentence, an empty one goes on with it."""
+    """Runs of rows: another value of the column begins a sentence, an empty one continues it."""
     groups, last = [], None
     for row in rows:
         value = tables.column(row[0], row[1], column)

@@ -32,7 +32,7 @@ class Kind(NamedTuple):
           labelled(rows) -> whether they can be scored
           files(task, split, rows, decoded) -> file name -> content
           inputs(file, settings) -> the rows of a table that are to be predicted, settings being those of the run's task
-          parse(value) -> a row of what `predict` is given; describe(row) -> what is printed beside its prediction
+          parse(value) -> a row of what `predict` is given; describe(row) -> what is printed with its prediction
           TOO_LONG: what rows that lost tokens are called
     """
 

@@ -25,7 +25,7 @@ CHANNEL = r'channel_id=(\d+)'
 class Step:
     """A compiled training step, what it was made of, and bytes that a micro-batch keeps for its backward pass.
 
-    `fixed` are arrays beside the state, as in train.train_step.
+    `fixed` are arrays that are no part of the state, as in train.train_step.
     """
 
     compiled: Any
@@ -45,7 +45,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device], length: int, bat
       config: of pre-training.
       devices: what to compile for.
       length, batch_size: of the batch.
-      fixed, annotate: shapes of arrays beside the state, and what they add to a batch, as in train.train_step.
+      fixed, annotate: shapes of arrays outside the state, and what they add to a batch, as in train.train_step.
 
     Raises:
       UserError: a mesh or batch that does not fit the devices.

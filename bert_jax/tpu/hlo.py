@@ -137,7 +137,7 @@ class Program:
         return int(start.operands[0]) if start.opcode == 'constant' and start.operands[0].isdigit() else 0
 
     def carried(self, instruction: Instruction) -> tuple[list[Instruction], bool]:
-        """The collectives that a fusion carries on beside its work, and whether it waits for their end.
+        """The collectives that a fusion carries on during its work, and whether it waits for their end.
 
         Each runs through several fusions, in all of which it has the same channel.
         """
