@@ -26,6 +26,10 @@ if 'BERT_JAX_LONG_TESTS' not in os.environ:
 import bert_jax  # noqa: F401 - first: it sets the flags that JAX's backend opens with
 
 ROOT = pathlib.Path(__file__).parent.parent
+LONG = pytest.mark.skipif(
+    'BERT_JAX_LONG_TESTS' not in os.environ,
+    reason='slow, and others guard the most of it; BERT_JAX_LONG_TESTS=1 runs it',
+)
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 os.environ['JAX_PLATFORMS'] = os.environ.get('BERT_JAX_TEST_PLATFORM', 'cpu')  # cuda: the tests that need a GPU
 # The same few programs are compiled by many short processes here: compile each once.

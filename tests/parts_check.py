@@ -13,8 +13,8 @@ from bert_jax.cli import UserError
 from bert_jax.model import model as model_parts
 
 ONE = {'one device': ((1, 1, 1), 1)}
-LM = ONE | {'data and fsdp': ((2, 4, 1), 1), 'micro-batches': ((4, 1, 1), 2)}
-TEACHERS = ONE | {'fsdp': ((2, 4, 1), 1), 'all axes, micro-batches': ((2, 2, 2), 2)}
+LM = ONE | {'data and fsdp, micro-batches': ((2, 2, 1), 2)}
+TEACHERS = ONE | {'all axes, micro-batches': ((2, 2, 2), 2)}
 
 
 def build():

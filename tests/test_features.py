@@ -10,7 +10,7 @@ import peers
 import pytest
 import safetensors.numpy
 import torch
-from conftest import call_module, expect_error
+from conftest import LONG, call_module, expect_error
 from test_tasks import config, make, model  # noqa: F401 - a fixture
 
 import bert_jax
@@ -140,7 +140,7 @@ def test_the_last_four_of_three_layers_are_refused(tmp_path):
     expect_error(call_module(*args, '--output', tmp_path / 'in.txt'), 'not an empty folder')
 
 
-@pytest.mark.parametrize('features', ['concat_last4', 'sum_all'])  # a concatenation, a learned sum
+@pytest.mark.parametrize('features', ['concat_last4', pytest.param('sum_all', marks=LONG)])
 def test_a_bilstm_over_a_frozen_encoder_learns_and_the_encoder_stays(features, folder, tmp_path):
     c = config(
         'conll2003',

@@ -42,7 +42,7 @@ def build(kind):
     return model_parts.build(config)
 
 
-@pytest.mark.parametrize('kind, multiple', [*((kind, 1) for kind in TARGETS), ('multiple_choice', 4)])
+@pytest.mark.parametrize('kind, multiple', [(kind, 4 if kind == 'multiple_choice' else 1) for kind in TARGETS])
 def test_a_packed_batch_is_the_batch(kind, multiple):
     apart, model = examples(kind), build(kind)
     together = packed.pack(apart, 8, multiple)

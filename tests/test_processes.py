@@ -125,7 +125,8 @@ def test_two_processes_stop_at_one_step_and_one_goes_on(store_path, reference, t
     assert_same_course(tmp_path / 'work', reference)
 
 
-@pytest.mark.parametrize('how', [signal.SIGKILL, *([signal.SIGSTOP] if LONG else [])])
+@pytest.mark.skipif(not LONG, reason='takes minutes; BERT_JAX_LONG_TESTS=1 runs it')
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGSTOP])
 def test_the_others_end_when_one_dies_or_hangs_and_all_go_on(store_path, reference, tmp_path, how):
     often = '--config.save_every=4'
     hosts = Hosts(tmp_path, store_path, tmp_path / 'work', 2, often)
@@ -325,6 +326,7 @@ def test_any_number_goes_on_from_any_other(store_path, reference, tmp_path, firs
     assert_same_course(tmp_path / 'work', reference)
 
 
+@pytest.mark.skipif(not LONG, reason='two processes told to stop do the same; BERT_JAX_LONG_TESTS=1 runs it')
 def test_one_process_told_to_stop_saves_and_goes_on(store_path, reference, tmp_path):
     hosts = Hosts(tmp_path, store_path, tmp_path / 'work', 1)
     wait_for_step(hosts, tmp_path / 'work', 3)

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import LONG, ROOT, TINY
 
 from bert_jax import cli, finetune, prepare, pretrain, report
 from bert_jax.data import corpora, stdlib, store
 
 
+@LONG
 def test_the_text_that_every_python_carries():
     documents = list(stdlib.documents())
     assert len(documents) > 300 and sum(map(len, documents)) > 1.5e6

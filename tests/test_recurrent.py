@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,10 @@ def test_real_text_from_a_command(encoder, store_path, tmp_path):
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / 'w/results.json').read_text())
     assert scores['held_out/lm/loss'] < scores['held_out/lm/unigram_loss'] or encoder == 'transformer', scores
-    assert call_module('pretrain', *args).returncode == 0
+    log = (tmp_path / 'w/log.jsonl').read_bytes()
+    shutil.rmtree(tmp_path / 'w/checkpoints/00000060')
+    again = call_module('pretrain', *args)
+    assert 'resuming at step 40 of 60' in again.stdout and (tmp_path / 'w/log.jsonl').read_bytes() == log
     expect_error(
         call_module('convert', '--from', tmp_path / 'w', '--to', tmp_path / 'hf', '--format', 'hf'),
         'BERT alone',

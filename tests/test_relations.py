@@ -9,6 +9,7 @@ import models
 import numpy as np
 import pytest
 import scipy.special
+from conftest import LONG
 
 from bert_jax import cli, evaluate, optimizer, partition, train
 from bert_jax import run as run_parts
@@ -132,6 +133,7 @@ def test_two_sources_are_one_loss_over_all_their_examples():
         )
 
 
+@LONG  # test_meshes has micro-batches on all axes
 def test_micro_batches_change_nothing_under_a_teacher():
     parts = {'one': models.batch(), 'two': models.batch(np.random.default_rng(5))}
     (whole, state, _), (cut, other, _) = run(parts), run(parts, accumulation=4)

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, call_module, expect_error, run_module
+from conftest import LONG, ROOT, TINY, call_module, expect_error, run_module
 
 from bert_jax import checkpoint, cli, optimizer, partition, prepare, pretrain, train, workdir
 from bert_jax.data import corpora, examples, store
@@ -183,7 +183,7 @@ def test_evaluation_does_not_depend_on_the_seed(store_path, pretrained, tmp_path
     assert one['held_out/mlm/loss'] != other['held_out/mlm/loss']
 
 
-@pytest.mark.parametrize('option', ['tiny', 'tiny,no_nsp'])
+@pytest.mark.parametrize('option', [pytest.param('tiny', marks=LONG), 'tiny,no_nsp'])
 def test_continued_pretraining_on_other_text_with_or_without_nsp(vocab, store_path, pretrained, tmp_path, option):
     work, other = tmp_path / 'continued', tmp_path / 'other'
     text = (ROOT / 'README.md').read_text().replace('## ', '\n\n')

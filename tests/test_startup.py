@@ -6,11 +6,12 @@ import time
 
 import jax
 import psutil
-from conftest import TINY, run_module
+from conftest import LONG, TINY, run_module
 
 from bert_jax import startup
 
 
+@LONG
 def test_the_second_start_compiles_nothing_again(store_path, tmp_path):
     cache, programs = tmp_path / 'cache', []
     for work in ('first', 'second'):

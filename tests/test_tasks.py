@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import peers
 import pytest
-from conftest import RNG, call_module, expect_error
+from conftest import LONG, RNG, call_module, expect_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -307,10 +307,10 @@ def published(name, folder, count=16):
 @pytest.mark.parametrize(
     'name, score, value',
     [
-        ('squad1', 'dev/exact', 100),
+        pytest.param('squad1', 'dev/exact', 100, marks=LONG),
         ('squad2', 'dev/exact', 100),
-        ('swag', 'dev/accuracy', 1),
-        ('commonsenseqa', 'dev/accuracy', 1),
+        pytest.param('swag', 'dev/accuracy', 1, marks=LONG),
+        pytest.param('commonsenseqa', 'dev/accuracy', 1, marks=LONG),
     ],
 )
 def test_published_formats_from_end_to_end(name, score, value, model, often, tmp_path):
